@@ -1,0 +1,18 @@
+"""The device mesh and the one table of sharding rules."""
+
+from mmjax.parallel.mesh import BATCH_AXES, MESH_AXES, batch_sharding, make_mesh, replicated
+from mmjax.parallel.sharding import SHARDING_RULES, param_shardings, partition_spec
+from mmjax.parallel.specs import LogicalAxes, ParamSpec
+
+__all__ = [
+    "BATCH_AXES",
+    "MESH_AXES",
+    "SHARDING_RULES",
+    "LogicalAxes",
+    "ParamSpec",
+    "batch_sharding",
+    "make_mesh",
+    "param_shardings",
+    "partition_spec",
+    "replicated",
+]

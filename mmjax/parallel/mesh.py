@@ -1,0 +1,65 @@
+"""The device mesh: three named axes, of which any may have size one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mmjax.errors import ConfigError
+
+# data: batch is split, parameters are copies. fsdp: batch and parameters are split.
+# tensor: heads, hidden units and vocabulary are split.
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+
+def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | None = None) -> Mesh:
+    """Make a mesh with the axes data, fsdp and tensor; layouts inside jit are left to the compiler.
+
+    Args:
+        shape: axis name to size; a missing axis has size 1, one axis may be -1 (what remains).
+            None means {"data": -1}.
+        devices: the devices to use; None means all that jax sees.
+
+    Returns:
+        A Mesh whose axes are of type Auto.
+
+    Raises:
+        ConfigError: unknown axis, or sizes that do not multiply to the number of devices.
+
+    >>> make_mesh({"data": 1}, jax.devices()[:1]).shape["tensor"]
+    1
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    wanted = dict(shape if shape is not None else {"data": -1})
+    unknown = sorted(set(wanted) - set(MESH_AXES))
+    if unknown:
+        raise ConfigError(f"mesh: unknown axis {unknown[0]!r}; the axes are {', '.join(MESH_AXES)}")
+    sizes = {axis: wanted.get(axis, 1) for axis in MESH_AXES}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ConfigError(f"mesh: sizes must be positive, and at most one may be -1; got {dict(wanted)}")
+    if free:
+        sizes[free[0]] = len(devices) // math.prod(size for size in sizes.values() if size != -1)
+    if math.prod(sizes.values()) != len(devices):
+        raise ConfigError(
+            f"mesh: {dict(wanted)} does not fill the {len(devices)} devices; "
+            "the sizes must multiply to that number"
+        )
+    return jax.make_mesh(
+        tuple(sizes.values()), MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES)
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of every array of a batch: axis 0 over data and fsdp, the rest whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole: keys, counters, metrics."""
+    return NamedSharding(mesh, PartitionSpec())
