@@ -1,0 +1,110 @@
+"""Scaled dot-product attention and the masks it takes, as pure functions."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+
+from mmjax.nn.functional import accumulator, dropout
+
+Array = jax.Array
+
+
+def split_heads(x: Array, num_heads: int) -> Array:
+    """[B, T, N*H] to [B, N, T, H]: heads come first, so that the products are plain batched matmuls.
+
+    >>> split_heads(jnp.zeros((2, 5, 12)), 3).shape
+    (2, 3, 5, 4)
+    """
+    *batch, length, width = x.shape
+    return jnp.moveaxis(x.reshape(*batch, length, num_heads, width // num_heads), -2, -3)
+
+
+def merge_heads(x: Array) -> Array:
+    """[B, N, T, H] to [B, T, N*H], the inverse of `split_heads`.
+
+    >>> merge_heads(jnp.zeros((2, 3, 5, 4))).shape
+    (2, 5, 12)
+    """
+    x = jnp.moveaxis(x, -3, -2)
+    return x.reshape(*x.shape[:-2], -1)
+
+
+def attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None = None,
+    *,
+    scale: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Array | None = None,
+) -> tuple[Array, Array]:
+    """softmax(scale * query key^T) value, with the softmax in at least float32.
+
+    A row whose mask is all False attends to everything equally, as in transformers.
+
+    Args:
+        query: [B, N, T, H].
+        key: [B, K, S, H]; N is a multiple of K (grouped queries).
+        value: [B, K, S, H].
+        mask: bool, broadcastable to [B, N, T, S]; True where attention is allowed.
+        scale: None means H ** -0.5.
+        dropout_rate, dropout_key: dropout on the weights; no key, no dropout.
+
+    Returns:
+        The output [B, N, T, H] and the weights before dropout [B, N, T, S], both in query's dtype.
+
+    Source: Vaswani et al. 2017, equation 1; grouped queries: Ainslie et al. 2023.
+
+    >>> out, weights = attention(*[jnp.ones((1, 2, 3, 4))] * 3)
+    >>> out.shape, weights.shape
+    ((1, 2, 3, 4), (1, 2, 3, 3))
+    """
+    chex.assert_rank([query, key, value], 4)
+    chex.assert_equal_shape([key, value])
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if heads != kv_heads:
+        key, value = (jnp.repeat(x, heads // kv_heads, axis=1) for x in (key, value))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    sums = accumulator(query.dtype)
+    logits = jnp.einsum("bnth,bnsh->bnts", query, key, preferred_element_type=sums) * scale
+    if mask is not None:
+        logits = jnp.where(mask, logits, jnp.finfo(sums).min)
+    weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
+    dropped = dropout(weights, dropout_rate, dropout_key)
+    out = jnp.einsum("bnts,bnsh->bnth", dropped, value, preferred_element_type=sums)
+    return out.astype(query.dtype), weights
+
+
+def causal_mask(length: int) -> Array:
+    """bool [1, 1, T, T], True on and below the diagonal.
+
+    >>> causal_mask(2)[0, 0].tolist()
+    [[True, False], [True, True]]
+    """
+    return jnp.tril(jnp.ones((length, length), bool))[None, None]
+
+
+def padding_mask(attention_mask: Array) -> Array:
+    """[B, S] with non-zero for real tokens to bool [B, 1, 1, S].
+
+    >>> padding_mask(jnp.array([[1, 0]])).tolist()
+    [[[[True, False]]]]
+    """
+    chex.assert_rank(attention_mask, 2)
+    return (attention_mask != 0)[:, None, None, :]
+
+
+def combine_masks(*masks: Array | None) -> Array | None:
+    """The conjunction of the masks that are given, or None.
+
+    >>> combine_masks(None, None) is None
+    True
+    """
+    result = None
+    for mask in masks:
+        if mask is not None:
+            result = mask if result is None else result & mask
+    return result

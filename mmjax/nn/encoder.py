@@ -1,0 +1,98 @@
+"""A stack of layers: one set of parameters, run unrolled or scanned, with or without remat."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from mmjax.nn.config import Execution, TransformerConfig
+from mmjax.nn.modules import EncoderLayer
+
+Array = jax.Array
+
+
+@flax.struct.dataclass
+class EncoderOutput:
+    """What a stack returns.
+
+    Attributes:
+        last_hidden_state: [B, T, D], the last layer's output.
+        hidden_states: the input of every layer, then the last layer's output (L + 1 arrays [B, T, D]), or None.
+        attentions: every layer's weights (L arrays [B, N, T, T]), or None.
+    """
+
+    last_hidden_state: Array
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+
+
+class Encoder(nn.Module):
+    """`num_hidden_layers` layers whose parameters are layers_0, layers_1, ...
+
+    The parameters stay apart layer by layer, as in every checkpoint; scanning stacks them on the way in.
+    """
+
+    config: TransformerConfig
+    execution: Execution = Execution()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        mask: Array | None = None,
+        *,
+        key: Array | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> EncoderOutput:
+        """Run the stack.
+
+        Args:
+            x: [B, T, D].
+            mask: bool, broadcastable to [B, N, T, T].
+            key: PRNG key for dropout; None means none.
+            output_hidden_states, output_attentions: whether to return them.
+        """
+        depth = self.config.num_hidden_layers
+        layers = [EncoderLayer(self.config, self.execution, name=f"layers_{i}") for i in range(depth)]
+        if self.is_initializing():
+            for layer in layers:
+                x, _ = layer(x, mask)
+            return EncoderOutput(x)
+
+        pure_layer = EncoderLayer(self.config, self.execution, parent=None)
+
+        def run(x: Array, params: Any, key: Array | None) -> tuple[Array, tuple[Array | None, Array | None]]:
+            y, weights = pure_layer.apply({"params": params}, x, mask, key)
+            return y, (x if output_hidden_states else None, weights if output_attentions else None)
+
+        run = jax.checkpoint(run) if self.execution.remat else run
+        params = [self.variables["params"][f"layers_{i}"] for i in range(depth)]
+        keys = [None] * depth if key is None else list(jax.random.split(key, depth))
+        scan = self.execution.scan_layers and depth > 1
+        x, per_layer = (_scanned if scan else _unrolled)(run, x, params, keys)
+        return EncoderOutput(
+            last_hidden_state=x,
+            hidden_states=(*(states for states, _ in per_layer), x) if output_hidden_states else None,
+            attentions=tuple(weights for _, weights in per_layer) if output_attentions else None,
+        )
+
+
+def _unrolled(run: Any, x: Array, params: list[Any], keys: list[Any]) -> tuple[Array, list[Any]]:
+    per_layer = []
+    for index, (layer_params, key) in enumerate(zip(params, keys, strict=True)):
+        with jax.named_scope(f"layers_{index}"):
+            x, extras = run(x, layer_params, key)
+        per_layer.append(extras)
+    return x, per_layer
+
+
+def _scanned(run: Any, x: Array, params: list[Any], keys: list[Any]) -> tuple[Array, list[Any]]:
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+    stacked_keys = None if keys[0] is None else jnp.stack(keys)
+    x, extras = jax.lax.scan(lambda x, args: run(x, *args), x, (stacked, stacked_keys))
+    return x, [jax.tree.map(lambda leaf: leaf[i], extras) for i in range(len(params))]

@@ -1,0 +1,190 @@
+"""The small Linen modules that own parameters; all arithmetic is in the pure functions they call."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmjax.nn.activations import activation
+from mmjax.nn.attention import attention, merge_heads, split_heads
+from mmjax.nn.config import Execution, TransformerConfig
+from mmjax.nn.functional import dense, dropout, layer_norm
+from mmjax.nn.initializers import Initializer, layer_kernel, lecun_normal, normal, ones, zeros
+from mmjax.parallel import LogicalAxes
+
+Array = jax.Array
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class AxesNote:
+    """Logical axes as a pytree without leaves, so that tracing carries them along."""
+
+    axes: LogicalAxes
+
+
+def param(module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...], axes: LogicalAxes) -> Array:
+    """Declare a float32 parameter with the logical names of its axes beside it.
+
+    The names travel in the "intermediates" collection, which `init` returns only when asked
+    (`mmjax.nn.parameter_specs` asks), so that parameters stay plain arrays.
+    """
+    if module.is_initializing() and module.is_mutable_collection("intermediates"):
+        module.sow("intermediates", name, AxesNote(axes))
+    return module.param(name, init, shape, jnp.float32)
+
+
+class Dense(nn.Module):
+    """x @ kernel + bias; kernel [D, F] has the logical axes `axes`."""
+
+    features: int
+    axes: LogicalAxes
+    use_bias: bool = True
+    kernel_init: Initializer = lecun_normal
+    execution: Execution = Execution()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., D] to [..., F]."""
+        kernel = param(self, "kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
+        bias = param(self, "bias", zeros, (self.features,), self.axes[1:]) if self.use_bias else None
+        return dense(x, kernel, bias, dtype=self.execution.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the last axis with a learned scale and bias."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., D] to [..., D]."""
+        shape = (x.shape[-1],)
+        scale = param(self, "scale", ones, shape, (None,))
+        bias = param(self, "bias", zeros, shape, (None,))
+        return layer_norm(x, scale, bias, eps=self.eps)
+
+
+class Embedding(nn.Module):
+    """A table [size, D]; calling it looks rows up."""
+
+    size: int
+    features: int
+    axes: LogicalAxes = (None, "embed")
+    table_init: Initializer = normal(0.02)
+    execution: Execution = Execution()
+
+    def setup(self) -> None:
+        self.embedding = param(self, "embedding", self.table_init, (self.size, self.features), self.axes)
+
+    def table(self) -> Array:
+        """The whole table [size, D] in the compute dtype."""
+        return self.embedding.astype(self.execution.dtype or self.embedding.dtype)
+
+    def __call__(self, ids: Array) -> Array:
+        """int [...] to [..., D]; an id outside the table gives NaN, never another row."""
+        rows = self.embedding.at[ids].get(mode="fill", fill_value=jnp.nan)
+        return rows.astype(self.execution.dtype or rows.dtype)
+
+
+class MLP(nn.Module):
+    """Linear, activation, linear."""
+
+    config: TransformerConfig
+    execution: Execution = Execution()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., D] to [..., D] through [..., F]."""
+        config = self.config
+        x = Dense(
+            config.intermediate_size,
+            ("embed", "mlp"),
+            kernel_init=layer_kernel(config, "mlp_in"),
+            execution=self.execution,
+            name="fc1",
+        )(x)
+        x = activation(config.hidden_act)(x)
+        return Dense(
+            config.hidden_size,
+            ("mlp", "embed"),
+            kernel_init=layer_kernel(config, "mlp_out"),
+            execution=self.execution,
+            name="fc2",
+        )(x)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `x` over `context` (itself by default)."""
+
+    config: TransformerConfig
+    execution: Execution = Execution()
+
+    @nn.compact
+    def __call__(
+        self, x: Array, mask: Array | None = None, context: Array | None = None, key: Array | None = None
+    ) -> tuple[Array, Array]:
+        """Attend.
+
+        Args:
+            x: [B, T, D].
+            mask: bool, broadcastable to [B, N, T, S].
+            context: [B, S, D]; None means x.
+            key: PRNG key for dropout on the weights; None means none.
+
+        Returns:
+            [B, T, D] and the weights [B, N, T, S].
+        """
+        config = self.config
+        context = x if context is None else context
+
+        def project(source: Array, name: str) -> Array:
+            layer = Dense(
+                config.hidden_size,
+                ("embed", "heads"),
+                use_bias=config.qkv_bias,
+                kernel_init=layer_kernel(config, "attention_in"),
+                execution=self.execution,
+                name=name,
+            )
+            return split_heads(layer(source), config.num_attention_heads)
+
+        out, weights = attention(
+            project(x, "q_proj"),
+            project(context, "k_proj"),
+            project(context, "v_proj"),
+            mask,
+            dropout_rate=config.attention_dropout,
+            dropout_key=key,
+        )
+        out = Dense(
+            config.hidden_size,
+            ("heads", "embed"),
+            kernel_init=layer_kernel(config, "attention_out"),
+            execution=self.execution,
+            name="out_proj",
+        )(merge_heads(out))
+        return out, weights
+
+
+class EncoderLayer(nn.Module):
+    """A pre-norm transformer layer."""
+
+    config: TransformerConfig
+    execution: Execution = Execution()
+
+    @nn.compact
+    def __call__(self, x: Array, mask: Array | None = None, key: Array | None = None) -> tuple[Array, Array]:
+        """[B, T, D] to [B, T, D] and the attention weights [B, N, T, T]."""
+        config = self.config
+        keys: Any = (None, None, None) if key is None else jax.random.split(key, 3)
+        y = LayerNorm(config.layer_norm_eps, name="layer_norm1")(x)
+        y, weights = Attention(config, self.execution, name="self_attn")(y, mask, key=keys[0])
+        x = x + dropout(y, config.hidden_dropout, keys[1])
+        y = LayerNorm(config.layer_norm_eps, name="layer_norm2")(x)
+        y = MLP(config, self.execution, name="mlp")(y)
+        return x + dropout(y, config.hidden_dropout, keys[2]), weights
