@@ -1,0 +1,33 @@
+"""Metrics and probes: embeddings, zero-shot classification, linear probe, retrieval."""
+
+from mmjax.evaluation.embed import embed_images, embed_texts
+from mmjax.evaluation.linear_probe import LinearProbe, fit_linear_probe
+from mmjax.evaluation.metrics import accuracy, confusion_matrix, label_ranks, top_k_accuracy
+from mmjax.evaluation.retrieval import RetrievalMetrics, retrieval_metrics
+from mmjax.evaluation.zero_shot import (
+    TEMPLATES,
+    ZeroShotAccuracy,
+    ZeroShotScores,
+    zero_shot_accuracy,
+    zero_shot_classifier,
+    zero_shot_classify,
+)
+
+__all__ = [
+    "TEMPLATES",
+    "LinearProbe",
+    "RetrievalMetrics",
+    "ZeroShotAccuracy",
+    "ZeroShotScores",
+    "accuracy",
+    "confusion_matrix",
+    "embed_images",
+    "embed_texts",
+    "fit_linear_probe",
+    "label_ranks",
+    "retrieval_metrics",
+    "top_k_accuracy",
+    "zero_shot_accuracy",
+    "zero_shot_classifier",
+    "zero_shot_classify",
+]
