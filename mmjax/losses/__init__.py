@@ -1,0 +1,6 @@
+"""Losses as pure functions of arrays."""
+
+from mmjax.losses.classification import cross_entropy, masked_l1
+from mmjax.losses.contrastive import infonce, sigmoid
+
+__all__ = ["cross_entropy", "infonce", "masked_l1", "sigmoid"]

@@ -27,7 +27,9 @@ class AxesNote:
     axes: LogicalAxes
 
 
-def param(module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...], axes: LogicalAxes) -> Array:
+def param(
+    module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...], axes: LogicalAxes
+) -> Array:
     """Declare a float32 parameter with the logical names of its axes beside it.
 
     The names travel in the "intermediates" collection, which `init` returns only when asked

@@ -31,8 +31,8 @@ def partition_spec(
         ConfigError: an axis name without a rule, or two dimensions on one mesh axis.
 
     >>> mesh = jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1])
-    >>> partition_spec(("embed", "mlp"), (8, 32), mesh)
-    PartitionSpec('fsdp', 'tensor')
+    >>> tuple(partition_spec(("embed", "mlp"), (8, 32), mesh))
+    ('fsdp', 'tensor')
     """
     if len(axes) != len(shape):
         raise ConfigError(f"sharding: {len(axes)} axis names {axes} for an array of shape {shape}")

@@ -1,0 +1,160 @@
+"""Reading a folder's safetensors: every header checked before any tensor is read, nothing executed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from mmjax.errors import CheckpointError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
+_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        CheckpointError: no such file, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error}); download the file again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up a folder's weights.
+
+    Raises:
+        CheckpointError: none, pickled ones only, or an index that is wrong or points outside the folder.
+    """
+    if (folder / INDEX).exists():
+        return _indexed_files(folder)
+    if (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) == 1:
+        return found
+    if found:
+        raise CheckpointError(
+            f"{folder}: {len(found)} safetensors files but no {INDEX} that says which belong together"
+        )
+    pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
+    if pickled:
+        raise CheckpointError(
+            f"{folder / pickled[0]}: only safetensors weights are read, since opening a pickle can run code; "
+            "convert it with transformers' save_pretrained first"
+        )
+    raise CheckpointError(f"{folder}: no {WEIGHTS}; the folder has no weights")
+
+
+def _indexed_files(folder: Path) -> list[Path]:
+    index = folder / INDEX
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: no weight_map; download the file again")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if (
+            Path(name).name != name
+            or name in ("", ".", "..")
+            or "\\" in name
+            or not name.endswith(".safetensors")
+        ):
+            raise CheckpointError(f"{index}: {name!r} is not a safetensors file of this folder; refused")
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: named in {INDEX} but missing; download it")
+    return [folder / name for name in names]
+
+
+class TensorReader:
+    """The tensors of a folder by name: shapes at once, values on request.
+
+    Use through `open_tensors`, which closes the files.
+    """
+
+    def __init__(self, files: list[Path], stack: ExitStack) -> None:
+        self._owner: dict[str, tuple[Path, Any]] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        for path in files:
+            self._add(path, stack)
+
+    def _add(self, path: Path, stack: ExitStack) -> None:
+        try:
+            handle = stack.enter_context(safe_open(path, framework="np"))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: not a whole safetensors file ({error}); download it again"
+            ) from None
+        for name in handle.keys():  # noqa: SIM118 (a safe_open is no mapping)
+            if name in self._owner:
+                raise CheckpointError(f"{path}: tensor {name} is also in {self._owner[name][0].name}")
+            part = handle.get_slice(name)
+            if part.get_dtype() not in _DTYPES:
+                raise CheckpointError(
+                    f"{path}: tensor {name} has dtype {part.get_dtype()}, which is not read"
+                )
+            self._owner[name] = (path, handle)
+            self.shapes[name] = tuple(part.get_shape())
+            self.dtypes[name] = part.get_dtype()
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, as stored."""
+        path, handle = self._owner[name]
+        try:
+            return handle.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path}: tensor {name} cannot be read ({error})") from None
+
+    def file_of(self, name: str) -> Path:
+        """The file a tensor is in."""
+        return self._owner[name][0]
+
+
+@contextmanager
+def open_tensors(folder: Path) -> Iterator[TensorReader]:
+    """Open all weight files of a folder, checking each header and the index against them.
+
+    Raises:
+        CheckpointError: see `weight_files`; a file that is cut short, or whose header or offsets lie.
+    """
+    with ExitStack() as stack:
+        reader = TensorReader(weight_files(folder), stack)
+        if (folder / INDEX).exists():
+            _check_index(folder, reader)
+        yield reader
+
+
+def _check_index(folder: Path, reader: TensorReader) -> None:
+    weight_map: Mapping[str, str] = read_json(folder / INDEX)["weight_map"]
+    for name, file in weight_map.items():
+        if name not in reader.shapes:
+            raise CheckpointError(
+                f"{folder / INDEX}: tensor {name} is not in {file}; the index is not of these files"
+            )
+        if reader.file_of(name).name != file:
+            raise CheckpointError(
+                f"{folder / INDEX}: tensor {name} is not in {file} but in {reader.file_of(name).name}"
+            )
+    unlisted = sorted(set(reader.shapes) - set(weight_map))
+    if unlisted:
+        raise CheckpointError(
+            f"{folder / INDEX}: does not list {unlisted[0]}; the index is not of these files"
+        )

@@ -1,0 +1,145 @@
+"""Parameters from a folder's tensors and back, one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Mesh, NamedSharding
+from safetensors.numpy import save_file
+
+from mmjax.checkpoints.files import INDEX, WEIGHTS, TensorReader
+from mmjax.checkpoints.rules import KeyRules, expand, link
+from mmjax.errors import CheckpointError
+from mmjax.parallel import ParamSpec, partition_spec
+
+SHARD_BYTES = 4 * 10**9
+
+
+def load_params(
+    reader: TensorReader,
+    rules: KeyRules,
+    specs: Mapping[str, Any],
+    *,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    where: str = "",
+) -> dict[str, Any]:
+    """Fill a model's parameters from a folder.
+
+    Each tensor is read, cut and put on its device(s) before the next one is touched.
+
+    Args:
+        reader: the open folder.
+        rules: the family's table.
+        specs: nested dict of ParamSpec.
+        dtype: None keeps each tensor's own.
+        mesh: None puts everything on the default device; otherwise each parameter goes to its shards.
+        where: the folder, for messages.
+
+    Returns:
+        Nested dict of arrays.
+
+    Raises:
+        CheckpointError: the tensors do not fit the model; all faults are listed.
+    """
+    flat: dict[str, ParamSpec] = flatten_dict(dict(specs), sep="/")
+    links = link(rules, reader.shapes, flat, where)
+    _check_floating(reader, [entry.source for entry in links])
+    params: dict[str, jax.Array] = {}
+    for entry in links:
+        pieces = entry.transform.load(reader.read(entry.source))
+        for target, piece in zip(entry.targets, pieces, strict=True):
+            params[target] = _place(piece, flat[target], dtype, mesh)
+    return unflatten_dict(params, sep="/")
+
+
+def _check_floating(reader: TensorReader, names: list[str]) -> None:
+    for name in names:
+        if reader.dtypes[name] not in ("F64", "F32", "F16", "BF16"):
+            raise CheckpointError(
+                f"{reader.file_of(name)}: tensor {name} has dtype {reader.dtypes[name]}; "
+                "quantised weights are not read, use a floating-point folder"
+            )
+
+
+def _place(piece: np.ndarray, spec: ParamSpec, dtype: str | None, mesh: Mesh | None) -> jax.Array:
+    """One array on its device(s); every device gets a copy of its own part only."""
+    target = jnp.dtype(dtype) if dtype is not None else piece.dtype
+    if mesh is None:
+        # jnp.array copies: the reader's memory is the file's.
+        return jnp.array(piece, dtype=target)
+    sharding = NamedSharding(mesh, partition_spec(spec.axes, spec.shape, mesh))
+    return jax.make_array_from_callback(
+        piece.shape, sharding, lambda index: np.ascontiguousarray(piece[index], dtype=target)
+    )
+
+
+def named_tensors(rules: KeyRules, params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Parameters as (tensor name, array) under the names and shapes that the family's folders have."""
+    flat = flatten_dict(dict(params), sep="/")
+    for entry in sorted(expand(rules, flat), key=lambda r: r.source):
+        pieces = [np.asarray(jax.device_get(flat[target])) for target in entry.targets]
+        yield (
+            entry.source,
+            np.ascontiguousarray(entry.transform.save(pieces)).reshape(
+                entry.transform.source_shape([piece.shape for piece in pieces])
+            ),
+        )
+
+
+def save_params(
+    folder: Path, rules: KeyRules, params: Mapping[str, Any], shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write safetensors (with an index when there are several), one shard in host memory at a time.
+
+    Every file is written under another name and moved into place when it is whole; files of an earlier
+    save that are no longer part of the weights are removed last.
+    """
+    written: list[tuple[Path, list[str]]] = []
+    total = 0
+    for number, shard in enumerate(_shards(named_tensors(rules, params), shard_bytes)):
+        path = folder / f".{WEIGHTS}.part{number}"
+        save_file(shard, path, metadata={"format": "pt"})
+        written.append((path, list(shard)))
+        total += sum(array.nbytes for array in shard.values())
+    count = len(written)
+    names = (
+        [WEIGHTS] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
+    )
+    stale = {path.name for path in folder.glob("model*.safetensors")} - set(names)
+    for (path, _), name in zip(written, names, strict=True):
+        os.replace(path, folder / name)
+    if count > 1:
+        weight_map = {t: name for (_, tensors), name in zip(written, names, strict=True) for t in tensors}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    else:
+        (folder / INDEX).unlink(missing_ok=True)
+    for name in stale:
+        (folder / name).unlink()
+
+
+def _shards(tensors: Iterator[tuple[str, np.ndarray]], limit: int) -> Iterator[dict[str, np.ndarray]]:
+    shard: dict[str, np.ndarray] = {}
+    size = 0
+    for name, array in tensors:
+        if shard and size + array.nbytes > limit:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = array
+        size += array.nbytes
+    yield shard
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(part, path)

@@ -1,0 +1,142 @@
+"""CLIP's configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Set
+from typing import Any, Literal
+
+from mmjax.language.config import TextConfig
+from mmjax.models.dual_config import (
+    LABELS,
+    TEXT_FIELDS,
+    VISION_FIELDS,
+    DualConfig,
+    read_sections,
+    section,
+    write_section,
+)
+from mmjax.models.hub_config import ConfigTable, build, write_labels
+from mmjax.nn.config import check_positive
+from mmjax.vision.config import Pooling, VisionConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CLIPVisionConfig(VisionConfig):
+    """CLIP's image tower with transformers' defaults (ViT-B/32).
+
+    Attributes:
+        projection_dim: E of CLIPVisionModelWithProjection.
+        hub: the config.json that was read.
+    """
+
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    patch_size: int | tuple[int, int] = 32
+    patch_bias: bool = False
+    pre_norm: bool = True
+    post_norm: Literal["sequence", "pooled"] = "pooled"
+    pooling: Pooling = "cls"
+    initializer: Literal["normal", "clip", "xavier"] = "clip"
+    projection_dim: int = 512
+    hub: str = dataclasses.field(default="{}", compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "projection_dim")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CLIPTextConfig(TextConfig):
+    """CLIP's text tower with transformers' defaults.
+
+    Attributes:
+        projection_dim: E of CLIPTextModelWithProjection.
+        hub: the config.json that was read.
+    """
+
+    vocab_size: int = 49408
+    hidden_size: int = 512
+    intermediate_size: int = 2048
+    num_attention_heads: int = 8
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    causal: bool = True
+    pooling: Literal["eos", "last"] = "eos"
+    eos_token_id: int = 49407
+    initializer: Literal["normal", "clip", "xavier"] = "clip"
+    projection_dim: int = 512
+    hub: str = dataclasses.field(default="{}", compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "projection_dim")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CLIPConfig(DualConfig):
+    """CLIP: two towers and projections to E = projection_dim.
+
+    >>> CLIPConfig().projection_dim
+    512
+    """
+
+    vision_config: CLIPVisionConfig = CLIPVisionConfig()
+    text_config: CLIPTextConfig = CLIPTextConfig()
+    projection_dim: int | None = 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "projection_dim")
+
+
+_INIT = {"initializer_range": "initializer_range", "initializer_factor": "initializer_factor"}
+_TOWER_IGNORED = {**LABELS, "dropout": "never read by the reference either"}
+VISION = ConfigTable(
+    fields={**VISION_FIELDS, **_INIT, "projection_dim": "projection_dim"}, ignored=_TOWER_IGNORED
+)
+TEXT = ConfigTable(
+    fields={**TEXT_FIELDS, **_INIT, "projection_dim": "projection_dim"}, ignored=_TOWER_IGNORED
+)
+DUAL = ConfigTable(
+    fields={
+        "projection_dim": "projection_dim",
+        "logit_scale_init_value": "logit_scale_init_value",
+        "initializer_factor": "initializer_factor",
+    },
+    ignored={
+        **LABELS,
+        **{name: "read as a section" for name in ("vision_config", "text_config")},
+        **{name: "read over its section" for name in ("vision_config_dict", "text_config_dict")},
+    },
+)
+
+
+def read_config(hub: Mapping[str, Any], architecture: str, names: Set[str], where: str) -> Any:
+    """CLIPConfig, or one tower's config for the tower architectures."""
+    for kind, cls, table in (("Vision", CLIPVisionConfig, VISION), ("Text", CLIPTextConfig, TEXT)):
+        if kind in architecture:
+            part = section(hub, f"{kind.lower()}_config", where) if hub["model_type"] == "clip" else hub
+            return build(cls, {**table.read(part, where), "hub": json.dumps(dict(part))}, where)
+    return read_sections(
+        hub, where, dual=(CLIPConfig, DUAL), vision=(CLIPVisionConfig, VISION), text=(CLIPTextConfig, TEXT)
+    )
+
+
+def write_config(config: Any, architecture: str) -> dict[str, Any]:
+    """Hub attributes of a CLIP config."""
+    if isinstance(config, CLIPVisionConfig):
+        return {**VISION.write(config), "model_type": "clip_vision_model"}
+    if isinstance(config, CLIPTextConfig):
+        return {**TEXT.write(config), "model_type": "clip_text_model"}
+    hub = {
+        **DUAL.write(config),
+        "model_type": "clip",
+        "vision_config": write_section(config.vision_config, VISION, "clip_vision_model"),
+        "text_config": write_section(config.text_config, TEXT, "clip_text_model"),
+    }
+    if architecture == "CLIPForImageClassification":
+        hub |= write_labels(config.labels or ())
+    return hub

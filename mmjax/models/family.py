@@ -1,0 +1,92 @@
+"""What a family declares, and the list of families."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping, Set
+from types import MappingProxyType
+from typing import Any
+
+from mmjax.checkpoints import KeyRules
+from mmjax.errors import ConfigError
+from mmjax.models.assemblies import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """How folders of one family are read and written.
+
+    Attributes:
+        architectures: architecture name as in config.json to model class; the first is the default of a
+            folder that names none.
+        read_config: (hub config, architecture, names of the folder's tensors, file) to our config.
+        write_config: (config, architecture) to hub attributes, without what `merge` keeps.
+        rules: model to its key rules.
+    """
+
+    architectures: Mapping[str, type[Model]]
+    read_config: Callable[[Mapping[str, Any], str, Set[str], str], Any]
+    write_config: Callable[[Any, str], dict[str, Any]]
+    rules: Callable[[Model], KeyRules]
+
+
+# model_type in config.json to the module that has FAMILY; imported when needed.
+FAMILIES: Mapping[str, str] = MappingProxyType(
+    {
+        "clip": "mmjax.models.clip",
+        "clip_text_model": "mmjax.models.clip",
+        "clip_vision_model": "mmjax.models.clip",
+        "siglip": "mmjax.models.siglip",
+        "siglip_text_model": "mmjax.models.siglip",
+        "siglip_vision_model": "mmjax.models.siglip",
+        "vit": "mmjax.models.vit",
+    }
+)
+
+
+def family_of_type(model_type: Any, where: str) -> Family:
+    """The family that handles a hub config's model_type.
+
+    Raises:
+        ConfigError: no such family.
+    """
+    if model_type not in FAMILIES:
+        raise ConfigError(
+            f"{where}: model_type {model_type!r} is not a family that mmjax knows; it knows {', '.join(FAMILIES)}"
+        )
+    return importlib.import_module(FAMILIES[model_type]).FAMILY
+
+
+def family_of_model(model: Model) -> tuple[Family, str]:
+    """The family of a model and its architecture name.
+
+    Raises:
+        ConfigError: the model's class belongs to no family.
+    """
+    for module in dict.fromkeys(FAMILIES.values()):
+        family: Family = importlib.import_module(module).FAMILY
+        for architecture, cls in family.architectures.items():
+            if type(model) is cls:
+                return family, architecture
+    raise ConfigError(f"{type(model).__name__} is not a model class of a family that mmjax knows")
+
+
+def choose_architecture(family: Family, hub: Mapping[str, Any], where: str) -> str:
+    """The architecture that a config names, or the default of its model_type.
+
+    Raises:
+        ConfigError: the config names one that the family does not have.
+    """
+    named = hub.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ConfigError(f"{where}: architectures should be a list of names, got {named!r}")
+    for name in named:
+        if name in family.architectures:
+            return name
+    if named:
+        raise ConfigError(
+            f"{where}: architecture {named[0]!r} is not supported; this family has {', '.join(family.architectures)}"
+        )
+    by_type = {cls.model_type: name for name, cls in reversed(family.architectures.items())}  # type: ignore[attr-defined]
+    return by_type[hub["model_type"]]

@@ -1,0 +1,170 @@
+"""`mmjax.load` and `mmjax.save`: hub folders in and out."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
+
+from mmjax.checkpoints.files import TensorReader, open_tensors, read_json
+from mmjax.checkpoints.weights import SHARD_BYTES, load_params, save_params, write_json
+from mmjax.errors import CheckpointError
+from mmjax.models.assemblies import Model
+from mmjax.models.family import Family, choose_architecture, family_of_model, family_of_type
+from mmjax.models.hub_config import merge, refuse_code_and_quantisation
+from mmjax.models.processor import Processor
+from mmjax.nn import Execution, canonical_dtype, parameter_specs
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+
+
+def find_folder(folder_or_hub_id: str | os.PathLike[str]) -> Path:
+    """A local folder as it is; a hub id through huggingface_hub's cache.
+
+    A path object, and a string that starts like a path or whose first part exists here, is never
+    looked up on the hub.
+
+    Raises:
+        CheckpointError: no such folder, or the hub does not give it.
+    """
+    path = Path(folder_or_hub_id).expanduser()
+    if path.is_dir():
+        return path
+    name = str(folder_or_hub_id)
+    local = isinstance(folder_or_hub_id, os.PathLike) or path.exists()
+    local = local or not _HUB_ID.fullmatch(name) or ("/" in name and Path(name.split("/")[0]).exists())
+    if local:
+        what = "is a file, not a folder" if path.is_file() else "no such folder"
+        raise CheckpointError(f"{name}: {what}; give a folder with config.json and safetensors, or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{name}: no such folder here, and the hub did not give it ({reason})"
+        ) from None
+
+
+def open_model(
+    folder: Path, reader: TensorReader, execution: Execution = Execution()
+) -> tuple[Family, Model]:
+    """The model that a folder's config.json describes, without its parameters.
+
+    Raises:
+        ConfigError, CheckpointError: the config is missing, damaged, unknown or impossible.
+    """
+    where = str(folder / "config.json")
+    hub = read_json(folder / "config.json")
+    refuse_code_and_quantisation(hub, where)
+    family = family_of_type(hub.get("model_type"), where)
+    architecture = choose_architecture(family, hub, where)
+    config = family.read_config(hub, architecture, reader.shapes.keys(), where)
+    return family, family.architectures[architecture](config, execution=execution)
+
+
+def load(
+    folder_or_hub_id: str | os.PathLike[str],
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    *,
+    execution: Execution = Execution(),
+) -> tuple[Model, dict[str, Any], Processor | None]:
+    """Open a hub folder.
+
+    Args:
+        folder_or_hub_id: a folder with config.json and safetensors; anything that is not a folder here and
+            reads like "name" or "organisation/name" is fetched through huggingface_hub.
+        dtype: dtype of the parameters, such as "bfloat16"; None keeps the folder's.
+        mesh: put every parameter onto its shards (see `mmjax.parallel`); None means the default device.
+        execution: compute dtype, scanned layers, remat; None of them changes the parameters.
+
+    Returns:
+        The model, its parameters, and its processor (None if the folder has no processor files).
+
+    Raises:
+        ConfigError, CheckpointError: anything wrong, with the file and what to do. Nothing in the folder is
+            ever executed.
+    """
+    dtype = None if dtype is None else canonical_dtype(dtype)
+    folder = find_folder(folder_or_hub_id)
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder / 'config.json'}: no such file; a hub folder needs one")
+    read_json(folder / "config.json")
+    with open_tensors(folder) as reader:
+        family, model = open_model(folder, reader, execution)
+        params = load_params(
+            reader, family.rules(model), parameter_specs(model), dtype=dtype, mesh=mesh, where=str(folder)
+        )
+    return model, params, Processor.from_folder(folder)
+
+
+def save(
+    folder: str | os.PathLike[str],
+    model: Model,
+    params: Mapping[str, Any],
+    processor: Processor | None = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write a folder that `load` and transformers open.
+
+    Args:
+        folder: made if it does not exist; the model files of an earlier save in it are replaced.
+        model, params: as `load` or training gives them; parameters may be sharded.
+        processor: written too, if given.
+        shard_bytes: weights larger than this are split into several files.
+
+    Raises:
+        CheckpointError: parameters that do not fit the model, or a folder that cannot be written.
+    """
+    family, architecture = family_of_model(model)
+    flat = check_params(model, params)
+    dtypes = {jnp.dtype(leaf.dtype).name for leaf in flat.values()}
+    hub = merge(
+        model.config.hub,
+        {
+            **family.write_config(model.config, architecture),
+            "architectures": [architecture],
+            "dtype": dtypes.pop() if len(dtypes) == 1 else "float32",
+        },
+    )
+    hub.pop("torch_dtype", None)
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_params(folder, family.rules(model), params, shard_bytes)
+        write_json(folder / "config.json", hub)
+        if processor is not None:
+            processor.save(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written ({error.strerror or error})") from None
+
+
+def check_params(model: Model, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters by path, if they are exactly the model's.
+
+    Raises:
+        CheckpointError: missing, extra or misshapen ones, all listed.
+    """
+    flat = flatten_dict(dict(params), sep="/")
+    specs = flatten_dict(parameter_specs(model), sep="/")
+    faults = [f"missing: {path}" for path in specs if path not in flat]
+    faults += [f"extra: {path}" for path in flat if path not in specs]
+    faults += [
+        f"misshapen: {path} is {list(flat[path].shape)}, expected {list(spec.shape)}"
+        for path, spec in specs.items()
+        if path in flat and tuple(flat[path].shape) != spec.shape
+    ]
+    if faults:
+        raise CheckpointError("parameters do not fit the model:\n  " + "\n  ".join(sorted(faults)))
+    return flat

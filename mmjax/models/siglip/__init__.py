@@ -1,0 +1,38 @@
+"""SigLIP (Zhai et al. 2023)."""
+
+from mmjax.models.family import Family
+from mmjax.models.siglip.config import (
+    SiglipConfig,
+    SiglipTextConfig,
+    SiglipVisionConfig,
+    read_config,
+    write_config,
+)
+from mmjax.models.siglip.model import (
+    SiglipForImageClassification,
+    SiglipModel,
+    SiglipTextModel,
+    SiglipVisionModel,
+)
+from mmjax.models.siglip.rules import rules
+
+FAMILY = Family(
+    architectures={
+        cls.__name__: cls
+        for cls in (SiglipModel, SiglipVisionModel, SiglipTextModel, SiglipForImageClassification)
+    },
+    read_config=read_config,
+    write_config=write_config,
+    rules=rules,
+)
+
+__all__ = [
+    "FAMILY",
+    "SiglipConfig",
+    "SiglipForImageClassification",
+    "SiglipModel",
+    "SiglipTextConfig",
+    "SiglipTextModel",
+    "SiglipVisionConfig",
+    "SiglipVisionModel",
+]
