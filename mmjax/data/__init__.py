@@ -1,0 +1,49 @@
+"""Sources of images and captions, and grain pipelines over them; names are imported on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mmjax.data.config import DataConfig
+    from mmjax.data.digits import DIGIT_NAMES, DIGIT_TEMPLATES, DigitsData
+    from mmjax.data.examples import Example, Examples, batches
+    from mmjax.data.faults import FAULTS, BadSample, FaultTally, check_faults, fault_counts
+    from mmjax.data.pipeline import Batches, BatchIterator
+
+_HOMES = {
+    "config": ("DataConfig",),
+    "digits": ("DIGIT_NAMES", "DIGIT_TEMPLATES", "DigitsData"),
+    "examples": ("Example", "Examples", "batches"),
+    "faults": ("FAULTS", "BadSample", "FaultTally", "check_faults", "fault_counts"),
+    "pipeline": ("BatchIterator", "Batches"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "DIGIT_NAMES",
+    "DIGIT_TEMPLATES",
+    "FAULTS",
+    "BadSample",
+    "BatchIterator",
+    "Batches",
+    "DataConfig",
+    "DigitsData",
+    "Example",
+    "Examples",
+    "FaultTally",
+    "batches",
+    "check_faults",
+    "fault_counts",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF:
+        return getattr(importlib.import_module(f"mmjax.data.{_HOME_OF[name]}"), name)
+    raise AttributeError(f"module 'mmjax.data' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME_OF})
