@@ -1,0 +1,105 @@
+"""What a run says first and leaves last."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+from jax.sharding import Mesh
+
+from mmjax.training.experiment import Experiment
+from mmjax.training.outcome import Outcome
+from mmjax.training.progress import LiveProgress, PlainProgress, format_seconds
+from mmjax.training.source import OpenedModel
+from mmjax.training.stage_run import StageRun
+from mmjax.training.state import TrainState, merge
+
+if TYPE_CHECKING:
+    from mmjax.training.loop import Run
+
+
+def introduce(
+    progress: PlainProgress | LiveProgress,
+    experiment: Experiment,
+    opened: OpenedModel,
+    mesh: Mesh,
+    stages: Sequence[StageRun],
+) -> None:
+    """Say what is about to run, and where."""
+    sizes = {path: math.prod(leaf.shape) for path, leaf in opened.shapes.items()}
+    total = sum(sizes.values())
+    axes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+    kind = mesh.devices.flat[0].device_kind
+    devices = f"{mesh.size} devices" if mesh.size > 1 else "1 device"
+    progress.say(f"{experiment.name}: {total:,} parameters on {devices} ({kind}{axes and ', mesh ' + axes})")
+    for run in stages:
+        moving = sum(sizes[path] for path in run.trained)
+        frozen = f"{total - moving:,} parameters frozen" if moving < total else "all parameters train"
+        progress.say(
+            f"stage {run.stage.name}: {run.settings.steps:,} steps of {run.settings.batch_size:,}, {frozen}"
+        )
+
+
+def finish(run: Run, state: TrainState) -> Outcome:
+    """Evaluate, export, draw and write result.json; all of it again where it was interrupted."""
+    trained_seconds = time.monotonic() - run.began
+    averaged = state.params if state.ema is None else state.ema
+    outcome = Outcome(
+        name=run.experiment.name,
+        model=run.opened.model,
+        params=merge(averaged, state.frozen),
+        processor=run.opened.processor,
+        data=run.experiment.data,
+        mesh=run.mesh,
+        folder=run.folders.output,
+    )
+    if run.experiment.evaluate is not None:
+        outcome = dataclasses.replace(outcome, metrics=dict(run.experiment.evaluate(outcome)))
+        for name, value in outcome.metrics.items():
+            if isinstance(value, float | int):
+                run.progress.say(f"{name}: {value:.4g}")
+    if jax.process_index() == 0:
+        _leave(run, outcome, trained_seconds)
+    return outcome
+
+
+def _leave(run: Run, outcome: Outcome, trained_seconds: float) -> None:
+    export, preview, folders = run.experiment.export, run.experiment.preview, run.folders
+    written = [folders.output / "metrics.csv"]
+    if export is not None:
+        folders.export(lambda folder: export(outcome, folder))
+        written.append(folders.model)
+    if preview is not None:
+        preview(outcome, folders.output / "preview.png")
+        written.append(folders.output / "preview.png")
+    folders.write_result(_result(run, outcome, trained_seconds))
+    written.append(folders.output / "result.json")
+    run.progress.say(f"done in {format_seconds(time.monotonic() - run.began)}; wrote")
+    for path in written:
+        run.progress.say(f"  {path}")
+
+
+def _result(run: Run, outcome: Outcome, trained_seconds: float) -> dict[str, Any]:
+    images = sum(stage.settings.steps * stage.settings.batch_size for stage in run.stages)
+    return {
+        "name": outcome.name,
+        "metrics": outcome.metrics,
+        "stages": [
+            {"name": stage.stage.name, "steps": stage.settings.steps, "batch_size": stage.settings.batch_size}
+            for stage in run.stages
+        ],
+        "parameters": sum(math.prod(leaf.shape) for leaf in run.opened.shapes.values()),
+        "seed": run.experiment.train.seed,
+        "training_seconds": round(trained_seconds, 2),
+        "total_seconds": round(time.monotonic() - run.began, 2),
+        "images_per_second": round(images / max(trained_seconds, 1e-9), 1),
+        "devices": run.mesh.size,
+        "device_kind": run.mesh.devices.flat[0].device_kind,
+        "mesh": dict(run.mesh.shape),
+        "broken_samples": run.faults,
+        "jax": jax.__version__,
+    }

@@ -1,0 +1,250 @@
+"""A run: its stages one after another, with checkpoints that it can be taken up from."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from mmjax.checkpoints.training import CheckpointStore
+from mmjax.errors import TrainingError
+from mmjax.parallel import make_mesh
+from mmjax.training.experiment import Experiment
+from mmjax.training.finish import finish, introduce
+from mmjax.training.folders import RunFolders
+from mmjax.training.interrupts import Interrupted, Interrupts
+from mmjax.training.outcome import Outcome
+from mmjax.training.progress import Meter, make_progress
+from mmjax.training.records import Recorder
+from mmjax.training.stage_run import Cursor, NotFiniteError, StageRun
+from mmjax.training.state import TrainState, state_to_arrays
+from mmjax.training.step import GRADIENT, Metrics
+
+
+def train(
+    experiment: Experiment, *, workdir: Path | str = ".", resume: bool = False, overwrite: bool = False
+) -> Outcome:
+    """Run an experiment, or what is left of it.
+
+    Args:
+        experiment: what to run.
+        workdir: folder that holds checkpoints/, models/ and output/.
+        resume: go on from the newest checkpoint that is whole; from the start where there is none.
+        overwrite: delete what an earlier run of this name left.
+
+    Returns:
+        The Outcome, with what `evaluate` found.
+
+    Raises:
+        ConfigError: the experiment does not fit together.
+        TrainingError: the run cannot start or go on; the state before a bad step was kept first.
+        CheckpointError: no checkpoint is whole, or the newest does not fit the experiment.
+        Interrupted: SIGTERM or Ctrl-C; the state was kept first.
+    """
+    folders = RunFolders(Path(workdir), experiment.name)
+    with Interrupts() as interrupts:
+        folders.claim(resume=resume, overwrite=overwrite)
+        try:
+            return Run(experiment, folders, interrupts).go()
+        finally:
+            folders.release()
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a run begins.
+
+    Attributes:
+        stage: index of the stage.
+        cursor: the place in it.
+        step: the same place, counted over all stages.
+        checkpoint: the checkpoint it comes from; None at the very start.
+        seconds: what was spent before.
+    """
+
+    stage: int = 0
+    cursor: Cursor = Cursor(0, None)
+    step: int = 0
+    checkpoint: int | None = None
+    seconds: float = 0.0
+
+
+class Run:
+    """One process's part of a run.
+
+    Args:
+        experiment: what to run.
+        folders: claimed.
+        interrupts: entered.
+    """
+
+    def __init__(self, experiment: Experiment, folders: RunFolders, interrupts: Interrupts) -> None:
+        self.began = time.monotonic()
+        self.experiment, self.folders, self.interrupts = experiment, folders, interrupts
+        if experiment.train.compilation_cache:
+            jax.config.update("jax_compilation_cache_dir", experiment.train.compilation_cache)
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        self.store = CheckpointStore(folders.checkpoints, experiment.train.keep_checkpoints)
+        self.mesh = make_mesh(dict(experiment.mesh) or None)
+        key = jax.random.fold_in(jax.random.key(experiment.train.seed), 0)
+        self.opened = experiment.model.open(experiment.data, key, self.mesh)
+        indices = range(len(experiment.stages))
+        self.stages = [StageRun(experiment, index, self.opened, self.mesh) for index in indices]
+        self.faults: dict[str, Any] = {}
+
+    def go(self) -> Outcome:
+        """Train what is left, then evaluate, export and draw."""
+        start = self._find_start()
+        self.began -= start.seconds
+        self.progress = make_progress()
+        self.recorder = Recorder(
+            self.folders.output, start.step, log_samples=self.experiment.train.log_samples
+        )
+        try:
+            introduce(self.progress, self.experiment, self.opened, self.mesh, self.stages[start.stage :])
+            if start.checkpoint is not None:
+                self.progress.say(f"resumed from {self.store.path(start.checkpoint)}")
+            state = self._train(start)
+            self.recorder.flush_to_disk()
+            return finish(self, state)
+        finally:
+            self.progress.close()
+            self.recorder.close()
+
+    def _train(self, start: Start) -> TrainState:
+        run = self.stages[start.stage]
+        if start.checkpoint is None:
+            state = run.fresh(self.opened.params())
+        else:
+            state = run.restore(self.store, start.checkpoint)
+        cursor, before = start.cursor, start.step - start.cursor.step
+        for index in range(start.stage, len(self.stages)):
+            if index > start.stage:
+                run = self.stages[index]
+                state = run.fresh({**state.params, **state.frozen})
+                cursor = Cursor(0, None)
+            if cursor.step < run.settings.steps:
+                state = self._train_stage(run, state, cursor, before)
+            before += run.settings.steps
+        return state
+
+    def _train_stage(self, run: StageRun, state: TrainState, cursor: Cursor, before: int) -> TrainState:
+        """Train one stage to its end; `before` is the number of steps of the stages before it."""
+        settings, meter = run.settings, Meter(run.settings.batch_size)
+
+        def settled(place: Cursor, metrics: Metrics, ids: Any) -> None:
+            meter.add(place.step, float(metrics["loss"]))
+            self.recorder.add(run.stage.name, before + place.step, metrics, ids)
+            if place.step % settings.log_every == 0 or place.step == settings.steps:
+                loss, rate, left = meter.read(place.step, settings.steps)
+                self.progress.report(run.stage.name, place.step, settings.steps, loss, rate, left)
+                self.recorder.publish(before + place.step, rate)
+
+        def pause(step: int) -> bool:
+            every = settings.checkpoint_every
+            return self.interrupts.requested is not None or bool(every and step % every == 0)
+
+        with self._batches(run, cursor) as batches:
+            cursor = Cursor(cursor.step, batches.get_state())
+            self.interrupts.polite = True
+            while cursor.step < settings.steps:
+                try:
+                    state, cursor = run.steps(state, cursor, batches, settled, pause)
+                except NotFiniteError as error:
+                    self._keep(run, error.state, error.cursor, before)
+                    raise self._bad_step(run, error, before) from None
+                self._look_at_faults(run, batches)
+                self._keep(run, state, cursor, before)
+                self._stop_if_asked(before + cursor.step)
+            self.interrupts.polite = False
+            self._stop_if_asked(before + cursor.step)
+        return state
+
+    @contextlib.contextmanager
+    def _batches(self, run: StageRun, cursor: Cursor) -> Iterator[Any]:
+        data = run.stage.data if run.stage.data is not None else self.experiment.data
+        dataset = data.build(
+            processor=self.opened.processor,
+            batch_size=run.settings.batch_size,
+            seed=run.settings.seed,
+            split="train",
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        batches = iter(dataset)
+        if cursor.data is not None:
+            batches.set_state(cursor.data)
+        try:
+            yield batches
+        finally:
+            batches.close()
+
+    def _keep(self, run: StageRun, state: TrainState, cursor: Cursor, before: int) -> None:
+        """Write a checkpoint, after the records that lead up to it."""
+        self.recorder.flush_to_disk()
+        meta = {
+            "stage": run.stage.name,
+            "stage_step": cursor.step,
+            "data": cursor.data,
+            "faults": self.faults,
+            "seed": run.settings.seed,
+            "batch_size": run.settings.batch_size,
+            "seconds": time.monotonic() - self.began,
+        }
+        self.store.save(before + cursor.step, state_to_arrays(state), meta)
+
+    def _look_at_faults(self, run: StageRun, batches: Any) -> None:
+        """Say what is broken in the data when it got more, and stop when it is too much."""
+        known = self.faults.get(run.stage.name, {"counts": {}})["counts"]
+        tally = batches.tally
+        self.faults[run.stage.name] = tally.to_state()
+        batches.check_faults()
+        if tally.counts != known:
+            self.progress.say(
+                f"stage {run.stage.name}: {tally.summary()}; each was replaced by another sample"
+            )
+
+    def _stop_if_asked(self, step: int) -> None:
+        number = self.interrupts.requested
+        if number is not None:
+            where = self.store.path(step)
+            raise Interrupted(
+                number, f"stopped after step {step}, kept in {where}; --resume goes on from there"
+            )
+
+    def _bad_step(self, run: StageRun, error: NotFiniteError, before: int) -> TrainingError:
+        what = "the gradient" if error.term == GRADIENT else f"the loss term {error.term!r}"
+        where = self.store.path(before + error.cursor.step)
+        return TrainingError(
+            f"stage {run.stage.name!r}, step {error.step}: {what} is not finite; the state before it is kept "
+            f"in {where}. Look at that step's samples, or go on with --resume and a lower rate or clip_norm"
+        )
+
+    def _find_start(self) -> Start:
+        """The newest whole checkpoint, or the beginning."""
+        step = self.store.newest(lambda line: print(line, file=sys.stderr, flush=True))
+        if step is None:
+            return Start()
+        self.store.set_aside(after=step)
+        meta = self.store.read_state(step)
+        names = [stage.name for stage in self.experiment.stages]
+        if meta["stage"] not in names:
+            raise TrainingError(
+                f"{self.store.path(step)} is of stage {meta['stage']!r}, which the experiment does not have"
+            )
+        index = names.index(meta["stage"])
+        for name in ("seed", "batch_size"):
+            now = getattr(self.stages[index].settings, name)
+            if meta[name] != now:
+                raise TrainingError(
+                    f"train.{name} is {now} but the run to resume had {meta[name]}, so samples would come "
+                    "in another order; set it back, or start again with --overwrite"
+                )
+        self.faults = dict(meta["faults"])
+        return Start(index, Cursor(meta["stage_step"], meta["data"]), step, step, meta["seconds"])

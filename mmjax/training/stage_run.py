@@ -1,0 +1,197 @@
+"""One stage of a run: its state on the mesh, its steps, and what is known for certain about them."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mmjax.checkpoints.training import CheckpointStore
+from mmjax.errors import ConfigError, TrainingError
+from mmjax.parallel import BATCH_AXES, batch_sharding, replicated
+from mmjax.training.experiment import Experiment, Stage, Train
+from mmjax.training.optimizer import label_parameters, make_optimizer, trained_rules
+from mmjax.training.source import OpenedModel
+from mmjax.training.state import (
+    TrainState,
+    create_state,
+    named_leaves,
+    state_from_arrays,
+    state_shardings,
+    state_to_arrays,
+)
+from mmjax.training.step import Metrics, make_train_step, term_name
+
+# A step is looked at when the next one is already running: the device never waits for the host.
+STEPS_IN_FLIGHT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Cursor:
+    """A place in a stage: steps done, and the data iterator's state after their batches."""
+
+    step: int
+    data: Any
+
+
+class NotFiniteError(Exception):
+    """A step's loss or gradient was not finite.
+
+    Attributes:
+        cursor: the place after the last good step.
+        state: the state at that place.
+        step: the bad step, counted from 1 in the stage.
+        term: the name of the term, or "gradient".
+    """
+
+    def __init__(self, cursor: Cursor, state: TrainState, step: int, term: str) -> None:
+        super().__init__(f"step {step}: {term} is not finite")
+        self.cursor, self.state, self.step, self.term = cursor, state, step, term
+
+
+class StageRun:
+    """Everything that is fixed for one stage.
+
+    Args:
+        experiment: the experiment.
+        index: which stage.
+        opened: the model.
+        mesh: where it lies.
+    """
+
+    def __init__(self, experiment: Experiment, index: int, opened: OpenedModel, mesh: Mesh) -> None:
+        self.stage: Stage = experiment.stages[index]
+        self.settings: Train = experiment.settings(self.stage)
+        self.mesh = mesh
+        self._check_batch()
+        labels = label_parameters(opened.shapes, self.stage.rules, self.stage.name)
+        rules = trained_rules(self.stage.rules)
+        self.trained = frozenset(path for path, label in labels.items() if label in rules)
+        if not self.trained:
+            raise ConfigError(f"stage {self.stage.name!r}: every parameter is frozen, nothing would train")
+        schedules = {index: schedule.build(self.settings.steps) for index, schedule in rules.items()}
+        self._optimizer = make_optimizer(
+            {path: labels[path] for path in self.trained},
+            schedules,
+            b1=self.settings.b1,
+            b2=self.settings.b2,
+            eps=self.settings.eps,
+            weight_decay=self.settings.weight_decay,
+            clip_norm=self.settings.clip_norm,
+        )
+        self._key = jax.random.fold_in(jax.random.key(self.settings.seed), index + 1)
+        shapes = jax.eval_shape(self._create, opened.shapes, self._key)
+        self.shapes: TrainState = shapes
+        self.shardings = state_shardings(shapes, opened.shardings, mesh)
+        names = {
+            index: "learning_rate" if len(rules) == 1 else f"learning_rate {self.stage.rules[index].pattern}"
+            for index in rules
+        }
+        self._step = jax.jit(
+            make_train_step(
+                opened.model,
+                self.stage.loss,
+                self._optimizer,
+                accumulate=self.settings.accumulate,
+                ema_decay=self.settings.ema_decay,
+                rates={name: schedules[index] for index, name in names.items()},
+            ),
+            in_shardings=(self.shardings, batch_sharding(mesh)),
+            out_shardings=(self.shardings, replicated(mesh)),
+            donate_argnums=0,
+        )
+
+    def fresh(self, params: Mapping[str, jax.Array]) -> TrainState:
+        """The stage's first state, from all parameters, flat."""
+        return jax.jit(self._create, out_shardings=self.shardings)(dict(params), self._key)
+
+    def restore(self, store: CheckpointStore, step: int) -> TrainState:
+        """The state that a checkpoint of this stage holds."""
+        shapes = jax.eval_shape(state_to_arrays, self.shapes)
+        arrays = store.read_arrays(step, shapes, named_leaves(self.shardings))
+        return state_from_arrays(self.shapes, arrays)
+
+    def place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+        """This process's rows of a batch, as arrays over the mesh."""
+        sharding = batch_sharding(self.mesh)
+        return {
+            name: jax.make_array_from_process_local_data(sharding, np.asarray(rows))
+            for name, rows in batch.items()
+        }
+
+    def steps(
+        self,
+        state: TrainState,
+        cursor: Cursor,
+        batches: Iterator[dict[str, Any]],
+        settled: Callable[[Cursor, Metrics, Any], None],
+        pause: Callable[[int], bool],
+    ) -> tuple[TrainState, Cursor]:
+        """Step until the stage ends or `pause` says so.
+
+        Args:
+            state: where to start.
+            cursor: the same place, for the data.
+            batches: the data's iterator, at that place.
+            settled: called in order with every step that turned out good: its cursor, its metrics
+                on the host, and the batch's sample numbers (None where it has none).
+            pause: asked after every step, with the steps done.
+
+        Returns:
+            The state and its place, all steps settled.
+
+        Raises:
+            NotFiniteError: a step was not good.
+        """
+        flying: collections.deque[tuple[Cursor, Metrics, Any]] = collections.deque()
+        good = cursor
+
+        def settle(left: int) -> None:
+            nonlocal good
+            while len(flying) > left:
+                place, metrics, ids = flying.popleft()
+                values = jax.device_get(metrics)
+                if not np.isfinite([*values["terms"].values(), values["grad_norm"]]).all():
+                    term = term_name(values, int(state.bad_term))
+                    raise NotFiniteError(good, state, place.step, term)
+                good = place
+                settled(place, values, ids)
+
+        while cursor.step < self.settings.steps:
+            batch = dict(next(batches))
+            batch.pop("faults", None)
+            ids = batch.pop("ids", None)
+            cursor = Cursor(cursor.step + 1, batches.get_state())  # type: ignore[attr-defined]
+            state, metrics = self._step(state, self.place(batch))
+            flying.append((cursor, metrics, ids))
+            settle(STEPS_IN_FLIGHT)
+            if pause(cursor.step):
+                break
+        settle(0)
+        return state, cursor
+
+    def _create(self, params: Mapping[str, jax.Array], key: jax.Array) -> TrainState:
+        return create_state(params, self.trained, self._optimizer, key, ema=self.settings.ema_decay > 0)
+
+    def _check_batch(self) -> None:
+        ways = int(np.prod([self.mesh.shape[axis] for axis in BATCH_AXES]))
+        size, parts = self.settings.batch_size, self.settings.accumulate
+        if size // parts % ways:
+            raise ConfigError(
+                f"stage {self.stage.name!r}: batch_size={size} in {parts} micro-batch(es) cannot be split "
+                f"over {ways} devices; make it a multiple of {parts * ways}"
+            )
+
+
+def stopped_by_bad_step(error: NotFiniteError, stage: str, where: str) -> TrainingError:
+    """The one line that a run ends with."""
+    what = "the gradient is" if error.term == "gradient" else f"the term {error.term!r} of the loss is"
+    return TrainingError(
+        f"stage {stage!r}, step {error.step}: {what} not finite; the state before it is kept in {where}. "
+        "Lower the learning rate or clip_norm, or look at that batch, and go on with --resume"
+    )

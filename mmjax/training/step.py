@@ -1,0 +1,134 @@
+"""The training step: pure, one screen, the same for every stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from mmjax.training.state import NOT_BAD, FlatParams, TrainState, merge
+
+Batch = Mapping[str, jax.Array]
+Terms = dict[str, jax.Array]
+GRADIENT = "gradient"
+
+
+class Task(Protocol):
+    """A loss: named float32 scalars whose sum is minimised.
+
+    A task may also have `project(params)`, which maps the trained parameters (flat, by path) back
+    into the set they have to stay in after every update.
+    """
+
+    def __call__(self, model: nn.Module, params: Mapping[str, Any], batch: Batch, key: jax.Array) -> Terms:
+        """Terms for one batch; `params` is nested, `key` is the batch's own."""
+
+
+Metrics = dict[str, Any]
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    model: nn.Module,
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    ema_decay: float = 0.0,
+    rates: Mapping[str, optax.Schedule] | None = None,
+) -> TrainStep:
+    """Make `train_step(state, batch) -> (state, metrics)`, ready for jit.
+
+    Args:
+        model: the Linen module handed to the task.
+        task: the loss.
+        optimizer: made over the trained parameters.
+        accumulate: micro-batches per step; their gradients are averaged.
+        ema_decay: share of the average that stays each step; 0 keeps none.
+        rates: learning rates to report, by name.
+
+    Returns:
+        The step. Its metrics are float32 scalars: "loss", "terms" (by name), "grad_norm" and
+        "rates" (by name). When the loss or the gradient is not finite the state comes back as it
+        was, with `bad_step` and `bad_term` set (see `term_name`), and stays so.
+    """
+    project = getattr(task, "project", lambda params: params)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        def loss(params: FlatParams, part: Batch, key: jax.Array) -> tuple[jax.Array, Terms]:
+            terms = task(model, merge(params, state.frozen), part, key)
+            return sum(terms.values(), start=jnp.zeros([])), terms
+
+        key = jax.random.fold_in(state.key, state.step)
+        grads, terms = average_gradients(loss, state.params, batch, key, accumulate)
+        norm = optax.tree.norm(grads)
+        bad = ~jnp.isfinite(jnp.stack([*(terms[name] for name in sorted(terms)), norm]))
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = project(optax.apply_updates(state.params, updates))
+        ema = state.ema and jax.tree.map(
+            lambda old, new: old * ema_decay + new * (1.0 - ema_decay), state.ema, params
+        )
+        moved = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)  # type: ignore[attr-defined]
+
+        good = ~bad.any() & (state.bad_step == NOT_BAD)
+        failed = bad.any() & (state.bad_step == NOT_BAD)
+        kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), moved, state)
+        kept = kept.replace(
+            frozen=state.frozen,
+            bad_step=jnp.where(failed, state.step + 1, state.bad_step),
+            bad_term=jnp.where(failed, jnp.argmax(bad).astype(jnp.int32), state.bad_term),
+        )
+        reported = {name: schedule(state.step) for name, schedule in (rates or {}).items()}
+        total = sum(terms.values(), start=jnp.zeros([]))
+        return kept, {"loss": total, "terms": terms, "grad_norm": norm, "rates": reported}
+
+    return train_step
+
+
+def term_name(metrics: Metrics, bad_term: int) -> str:
+    """The name behind a state's `bad_term`.
+
+    >>> term_name({"terms": {"itm": 0.0, "itc": 0.0}}, 1), term_name({"terms": {"itc": 0.0}}, 1)
+    ('itm', 'gradient')
+    """
+    return [*sorted(metrics["terms"]), GRADIENT][bad_term]
+
+
+def average_gradients(
+    loss: Callable[[FlatParams, Batch, jax.Array], tuple[jax.Array, Terms]],
+    params: FlatParams,
+    batch: Batch,
+    key: jax.Array,
+    parts: int,
+) -> tuple[FlatParams, Terms]:
+    """Gradients and terms, averaged over `parts` micro-batches that run one after another.
+
+    Row i goes to micro-batch i modulo `parts`, so that every device splits its own rows and none
+    has to travel.
+
+    Args:
+        loss: (params, batch, key) -> (scalar, terms).
+        params: flat parameters.
+        batch: arrays [B, ...]; B is a multiple of `parts`.
+        key: split among the micro-batches by fold_in.
+        parts: number of micro-batches.
+    """
+    gradient = jax.grad(loss, has_aux=True)
+    if parts == 1:
+        return gradient(params, batch, key)
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(total: Any, item: tuple[jax.Array, Batch]) -> tuple[Any, None]:
+        index, part = item
+        found = gradient(params, part, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, found), None
+
+    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], split), key)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    total, _ = jax.lax.scan(add, zeros, (jnp.arange(parts), split))
+    return jax.tree.map(lambda leaf: leaf / parts, total)

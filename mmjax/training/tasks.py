@@ -1,0 +1,110 @@
+"""Tasks: what a stage minimises, as frozen settings that are called with a model and a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax import losses
+from mmjax.training.state import FlatParams
+from mmjax.training.step import Batch, Terms
+
+SCALE = "logit_scale"
+CONTRASTIVE_INPUTS = ("input_ids", "attention_mask", "pixel_values")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Contrastive:
+    """Symmetric InfoNCE between the images and the texts of a batch, over the whole batch.
+
+    With `accumulate` above 1 each micro-batch is its own set of candidates.
+
+    Args:
+        max_scale: the multiplier stays at or below this; `logit_scale` at or below its logarithm.
+
+    Source: Radford et al. 2021, "Learning Transferable Visual Models", sections 2.3 and 2.5.
+    """
+
+    max_scale: float = 100.0
+
+    def __call__(self, model: nn.Module, params: Mapping[str, Any], batch: Batch, key: jax.Array) -> Terms:
+        out = _run(model, params, batch, key, CONTRASTIVE_INPUTS)
+        scale = jnp.exp(jnp.minimum(params[SCALE], math.log(self.max_scale)))
+        return {"contrastive": losses.infonce(out["image_embeds"], out["text_embeds"], scale)}
+
+    def project(self, params: FlatParams) -> FlatParams:
+        """Clamp the parameter too, so that it cannot wander off where it has no gradient."""
+        highest = math.log(self.max_scale)
+        return {path: jnp.minimum(x, highest) if path == SCALE else x for path, x in params.items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sigmoid:
+    """Pairwise sigmoid loss between the images and the texts of a batch.
+
+    Source: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", algorithm 1.
+    """
+
+    def __call__(self, model: nn.Module, params: Mapping[str, Any], batch: Batch, key: jax.Array) -> Terms:
+        out = _run(model, params, batch, key, CONTRASTIVE_INPUTS)
+        scale, bias = jnp.exp(params[SCALE]).reshape(()), params["logit_bias"].reshape(())
+        return {"sigmoid": losses.sigmoid(out["image_embeds"], out["text_embeds"], scale, bias)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Classification:
+    """Cross-entropy of the model's `logits` against the batch's `labels`.
+
+    Args:
+        label_smoothing: share of the target spread evenly over all classes.
+    """
+
+    label_smoothing: float = 0.0
+
+    def __call__(self, model: nn.Module, params: Mapping[str, Any], batch: Batch, key: jax.Array) -> Terms:
+        logits = _run(model, params, batch, key, ("pixel_values",))["logits"]
+        smoothing = self.label_smoothing
+        return {"cross_entropy": losses.cross_entropy(logits, batch["labels"], label_smoothing=smoothing)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskedImage:
+    """Absolute error of the pixels of hidden patches.
+
+    Args:
+        share: share of the patches that is hidden from the model; each image draws its own.
+
+    Source: Xie et al. 2022, "SimMIM: A Simple Framework for Masked Image Modeling", section 3.
+    """
+
+    share: float = 0.5
+
+    def __call__(self, model: nn.Module, params: Mapping[str, Any], batch: Batch, key: jax.Array) -> Terms:
+        pixels = batch["pixel_values"]
+        tall, wide = np.broadcast_to(model.config.patch_size, 2)  # type: ignore[attr-defined]
+        patches = (pixels.shape[1] // int(tall)) * (pixels.shape[2] // int(wide))
+        mask_key, run_key = jax.random.split(key)
+        hidden = _draw_mask(mask_key, pixels.shape[0], patches, self.share)
+        inputs = {"pixel_values": pixels, "bool_masked_pos": hidden}
+        out = _run(model, params, inputs, run_key, tuple(inputs))
+        return {"reconstruction": losses.masked_l1(out["reconstruction"], pixels, hidden)}
+
+
+def _run(
+    model: nn.Module, params: Mapping[str, Any], batch: Batch, key: jax.Array, names: tuple[str, ...]
+) -> Any:
+    inputs: dict[str, Any] = {name: batch[name] for name in names if name in batch}
+    return model.apply({"params": params}, **inputs, deterministic=False, rngs={"dropout": key})
+
+
+def _draw_mask(key: jax.Array, number: int, patches: int, share: float) -> jax.Array:
+    """Boolean [number, patches]; every row has the same count of True, at least one."""
+    order = jnp.argsort(jax.random.uniform(key, (number, patches)), axis=-1)
+    return jnp.argsort(order, axis=-1) < max(1, round(share * patches))
