@@ -57,8 +57,9 @@ def prefixed(
 ) -> tuple[Rule, ...]:
     """The same rules below a prefix on either side; `other_sources` are prefixes accepted when reading.
 
-    >>> prefixed([rule("a", "b")], "model.", "tower/", [""])[0]
-    Rule(source='model.a', targets=('tower/b',), transform=Reshape(before=0, after=0, parts=1), aliases=('a',))
+    >>> found = prefixed([rule("a", "b")], "model.", "tower/", [""])[0]
+    >>> found.source, found.targets, found.aliases
+    ('model.a', ('tower/b',), ('a',))
     """
     result = []
     for r in rules:

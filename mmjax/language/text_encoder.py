@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import chex
 import flax.linen as nn
 import jax
@@ -38,8 +40,8 @@ class TextOutput(ModelOutput):
         attentions: L arrays [B, N, T, T], on request.
     """
 
-    last_hidden_state: Array | None = None
-    pooler_output: Array | None = None
+    last_hidden_state: Array
+    pooler_output: Any = None
     hidden_states: tuple[Array, ...] | None = None
     attentions: tuple[Array, ...] | None = None
 

@@ -6,7 +6,7 @@ Configs give their towers as `config.vision_config` and `config.text_config`.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -39,6 +39,8 @@ class Model(nn.Module):
 
     config: Any
     execution: Execution = Execution()
+
+    model_type: ClassVar[str]
 
     def example_batch(self, batch_size: int = 1) -> dict[str, np.ndarray]:
         """Inputs of the right shapes, all zero, to call `init` with."""
@@ -152,7 +154,7 @@ class ImageClassifier(Model):
     The config has `num_labels`; with 0 the pooled features themselves are returned.
     """
 
-    head_pooling: Literal["cls", "mean"] = "cls"
+    head_pooling: ClassVar[Literal["cls", "mean"]] = "cls"
 
     def example_batch(self, batch_size: int = 1) -> dict[str, np.ndarray]:
         """pixel_values, all zero."""

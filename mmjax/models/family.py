@@ -53,7 +53,8 @@ def family_of_type(model_type: Any, where: str) -> Family:
     """
     if model_type not in FAMILIES:
         raise ConfigError(
-            f"{where}: model_type {model_type!r} is not a family that mmjax knows; it knows {', '.join(FAMILIES)}"
+            f"{where}: model_type {model_type!r} is not a family that mmjax knows; "
+            f"it knows {', '.join(FAMILIES)}"
         )
     return importlib.import_module(FAMILIES[model_type]).FAMILY
 
@@ -86,7 +87,10 @@ def choose_architecture(family: Family, hub: Mapping[str, Any], where: str) -> s
             return name
     if named:
         raise ConfigError(
-            f"{where}: architecture {named[0]!r} is not supported; this family has {', '.join(family.architectures)}"
+            f"{where}: architecture {named[0]!r} is not supported; "
+            f"this family has {', '.join(family.architectures)}"
         )
-    by_type = {cls.model_type: name for name, cls in reversed(family.architectures.items())}  # type: ignore[attr-defined]
+    by_type: dict[str, str] = {}
+    for name, cls in family.architectures.items():
+        by_type.setdefault(cls.model_type, name)
     return by_type[hub["model_type"]]

@@ -55,9 +55,7 @@ def find_folder(folder_or_hub_id: str | os.PathLike[str]) -> Path:
         ) from None
 
 
-def open_model(
-    folder: Path, reader: TensorReader, execution: Execution = Execution()
-) -> tuple[Family, Model]:
+def open_model(folder: Path, reader: TensorReader, execution: Execution) -> tuple[Family, Model]:
     """The model that a folder's config.json describes, without its parameters.
 
     Raises:
@@ -77,7 +75,7 @@ def load(
     dtype: Any = None,
     mesh: Mesh | None = None,
     *,
-    execution: Execution = Execution(),
+    execution: Execution | None = None,
 ) -> tuple[Model, dict[str, Any], Processor | None]:
     """Open a hub folder.
 
@@ -101,7 +99,7 @@ def load(
         raise CheckpointError(f"{folder / 'config.json'}: no such file; a hub folder needs one")
     read_json(folder / "config.json")
     with open_tensors(folder) as reader:
-        family, model = open_model(folder, reader, execution)
+        family, model = open_model(folder, reader, execution or Execution())
         params = load_params(
             reader, family.rules(model), parameter_specs(model), dtype=dtype, mesh=mesh, where=str(folder)
         )

@@ -21,8 +21,8 @@ class EncoderOutput:
 
     Attributes:
         last_hidden_state: [B, T, D], the last layer's output.
-        hidden_states: the input of every layer, then the last layer's output (L + 1 arrays [B, T, D]), or None.
-        attentions: every layer's weights (L arrays [B, N, T, T]), or None.
+        hidden_states: the input of every layer, then the last layer's output, L + 1 arrays [B, T, D].
+        attentions: every layer's weights, L arrays [B, N, T, T].
     """
 
     last_hidden_state: Array
@@ -66,7 +66,7 @@ class Encoder(nn.Module):
 
         pure_layer = EncoderLayer(self.config, self.execution, parent=None)
 
-        def run(x: Array, params: Any, key: Array | None) -> tuple[Array, tuple[Array | None, Array | None]]:
+        def run(x: Array, params: Any, key: Array | None) -> Any:
             y, weights = pure_layer.apply({"params": params}, x, mask, key)
             return y, (x if output_hidden_states else None, weights if output_attentions else None)
 
@@ -95,4 +95,8 @@ def _scanned(run: Any, x: Array, params: list[Any], keys: list[Any]) -> tuple[Ar
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
     stacked_keys = None if keys[0] is None else jnp.stack(keys)
     x, extras = jax.lax.scan(lambda x, args: run(x, *args), x, (stacked, stacked_keys))
-    return x, [jax.tree.map(lambda leaf: leaf[i], extras) for i in range(len(params))]
+    hidden, weights = extras
+    return x, [
+        (None if hidden is None else hidden[i], None if weights is None else weights[i])
+        for i in range(len(params))
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import chex
 import flax.linen as nn
@@ -42,8 +43,8 @@ class VisionOutput(ModelOutput):
         attentions: L arrays [B, N, T, T], on request.
     """
 
-    last_hidden_state: Array | None = None
-    pooler_output: Array | None = None
+    last_hidden_state: Array
+    pooler_output: Any = None
     hidden_states: tuple[Array, ...] | None = None
     attentions: tuple[Array, ...] | None = None
 
@@ -106,16 +107,17 @@ class VisionEmbeddings(nn.Module):
             execution=self.execution,
             name="position_embedding",
         ).table()
-        return x + self._resize(positions, pixel_values.shape[1:3], interpolate_pos_encoding)
+        height, width = pixel_values.shape[1:3]
+        return x + self._resize(positions, height, width, interpolate_pos_encoding)
 
-    def _resize(self, positions: Array, image_size: tuple[int, int], interpolate: bool) -> Array:
+    def _resize(self, positions: Array, height: int, width: int, interpolate: bool) -> Array:
         config = self.config
-        if not interpolate and tuple(image_size) != config.image_size:
+        if not interpolate and (height, width) != config.image_size:
             raise ConfigError(
-                f"pixel_values: images of {image_size[0]}x{image_size[1]} pixels for a model of "
+                f"pixel_values: images of {height}x{width} pixels for a model of "
                 f"{config.image_size}; resize them or pass interpolate_pos_encoding=True"
             )
-        new_grid = config.grid_of(*image_size)
+        new_grid = config.grid_of(height, width)
         if new_grid == config.grid:
             return positions
         start = int(config.class_token)

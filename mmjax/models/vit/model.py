@@ -77,7 +77,8 @@ class ViTForMaskedImageModeling(Model):
             raise ConfigError("mask_token: ViTForMaskedImageModeling needs a config with mask_token=True")
         if bool_masked_pos is not None and config.patch_size != (stride, stride):
             raise ConfigError(
-                f"encoder_stride: {stride} differs from patch_size {config.patch_size}; they must agree to mask"
+                f"encoder_stride: {stride} differs from patch_size {config.patch_size}; "
+                "they must agree to mask"
             )
         tower = VisionTransformer(config, self.execution, name="vision_model")
         out = tower(pixel_values, bool_masked_pos, **options)
