@@ -111,7 +111,8 @@ class CheckpointStore:
             report(f"damaged checkpoint {self.path(step)}: {faults[0]}{more}")
         if steps:
             raise CheckpointError(
-                f"every checkpoint in {self.folder} is damaged; start again with --overwrite, or restore the files"
+                f"every checkpoint in {self.folder} is damaged; "
+                "start again with --overwrite, or bring the files back"
             )
         return None
 
@@ -164,7 +165,8 @@ class CheckpointStore:
         body = json.loads((mine if mine.is_file() else self.path(step) / _state_file(0)).read_text("utf-8"))
         if body["format"] != _FORMAT:
             raise CheckpointError(
-                f"checkpoint {self.path(step)} has format {body['format']!r}; this version reads format {_FORMAT}"
+                f"checkpoint {self.path(step)} has format {body['format']!r}; "
+                f"this version reads format {_FORMAT}"
             )
         return body
 

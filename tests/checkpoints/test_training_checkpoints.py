@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -116,7 +117,9 @@ def remove(path: Path, generator: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("damage", [flip_bit, truncate, remove])
-def test_damage_to_any_file_is_named_and_the_one_before_is_used(written: Path, tmp_path: Path, damage) -> None:
+def test_damage_to_any_file_is_named(
+    written: Path, tmp_path: Path, damage: Callable[[Path, np.random.Generator], None]
+) -> None:
     generator = np.random.default_rng(0)
     names = names_of(written / "2")
     assert {"manifest.json", "state.json"} < set(names)
