@@ -6,18 +6,28 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mmjax.data.captions import CaptionsData
     from mmjax.data.config import DataConfig
     from mmjax.data.digits import DIGIT_NAMES, DIGIT_TEMPLATES, DigitsData
     from mmjax.data.examples import Example, Examples, batches
     from mmjax.data.faults import FAULTS, BadSample, FaultTally, check_faults, fault_counts
+    from mmjax.data.folders import ImageFolderData
+    from mmjax.data.mixture import MixtureData
     from mmjax.data.pipeline import Batches, BatchIterator
+    from mmjax.data.synthetic import SyntheticData
+    from mmjax.data.webdataset import WebDatasetData
 
 _HOMES = {
+    "captions": ("CaptionsData",),
     "config": ("DataConfig",),
     "digits": ("DIGIT_NAMES", "DIGIT_TEMPLATES", "DigitsData"),
     "examples": ("Example", "Examples", "batches"),
     "faults": ("FAULTS", "BadSample", "FaultTally", "check_faults", "fault_counts"),
+    "folders": ("ImageFolderData",),
+    "mixture": ("MixtureData",),
     "pipeline": ("BatchIterator", "Batches"),
+    "synthetic": ("SyntheticData",),
+    "webdataset": ("WebDatasetData",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -28,11 +38,16 @@ __all__ = [
     "BadSample",
     "BatchIterator",
     "Batches",
+    "CaptionsData",
     "DataConfig",
     "DigitsData",
     "Example",
     "Examples",
     "FaultTally",
+    "ImageFolderData",
+    "MixtureData",
+    "SyntheticData",
+    "WebDatasetData",
     "batches",
     "check_faults",
     "fault_counts",

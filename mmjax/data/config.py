@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from mmjax.data.sources import Source, digest
 from mmjax.errors import ConfigError
 
 Split = Literal["train", "test"]
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +55,12 @@ class DataConfig:
         if self.num_threads < 0 or self.prefetch_batches < 1:
             raise ConfigError(f"{name}: num_threads must be at least 0 and prefetch_batches at least 1")
 
-    def source(self, split: Split = "train") -> Source:
+    def source(self, split: Split = "train", progress: Progress | None = None) -> Source:
         """The raw samples of one split, for random access.
 
         Args:
             split: "train" or "test".
+            progress: called with (done, total) while files are indexed, where that takes time.
 
         Raises:
             DataError: the data cannot be found or is not what it should be.
@@ -82,6 +85,7 @@ class DataConfig:
         split: Split = "train",
         process_index: int = 0,
         process_count: int = 1,
+        progress: Progress | None = None,
     ) -> Batches:
         """Endless shuffled batches of one split.
 
@@ -92,6 +96,7 @@ class DataConfig:
             split: "train" (augmented as configured) or "test" (not augmented).
             process_index: which process this is.
             process_count: number of processes; each makes its own rows of every batch.
+            progress: called with (done, total) while files are indexed, where that takes time.
 
         Returns:
             An iterable whose iterators give dicts of numpy arrays and have `get_state` and `set_state`.
@@ -101,7 +106,7 @@ class DataConfig:
             DataError: the data cannot be found or is not what it should be.
         """
         check_split(split)
-        parts = self._parts(split)
+        parts = self.parts(split, progress)
         to_pixels, pixel_size = _pixels(processor)
         sources = [source for _, source in parts]
         has_text = all(source.has_text for source in sources)
@@ -120,13 +125,13 @@ class DataConfig:
             for number, (config, source) in enumerate(parts)
         )
         max_length = None if tokenizer is None else text_length(self.max_length, tokenizer)
-        weights = self._weights()
+        weights = self.source_weights(sources)
         return Batches(
             samplers=samplers,
             weights=weights,
             tokenizer=tokenizer,
             max_length=max_length,
-            labels=all(source.has_labels for source in sources),
+            labels=self.has_labels(sources),
             batch_size=batch_size,
             process_index=process_index,
             process_count=process_count,
@@ -156,17 +161,28 @@ class DataConfig:
             BadSample.
         """
         check_split(split)
-        return Examples(tuple(source for _, source in self._parts(split)))
+        return Examples(tuple(source for _, source in self.parts(split)))
 
     def augmentation(self) -> Augmentation:
         """The changes to training images."""
         return Augmentation(crop_scale=self.crop_scale, crop_ratio=self.crop_ratio, flip=self.flip)
 
-    def _parts(self, split: Split) -> list[tuple[DataConfig, Source]]:
-        return [(self, self.source(split))]
+    def parts(self, split: Split, progress: Progress | None = None) -> list[tuple[DataConfig, Source]]:
+        """Every source with its configuration; one, except for a mixture.
 
-    def _weights(self) -> tuple[float, ...] | None:
+        Args:
+            split: "train" or "test".
+            progress: as in `source`.
+        """
+        return [(self, self.source(split, progress))]
+
+    def source_weights(self, sources: list[Source]) -> tuple[float, ...] | None:
+        """How often each of the sources of `parts` is drawn; None where there is only one."""
         return None
+
+    def has_labels(self, sources: list[Source]) -> bool:
+        """Whether batches have labels, given the sources of `parts`."""
+        return all(source.has_labels for source in sources)
 
 
 def check_split(split: str) -> None:

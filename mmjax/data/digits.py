@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mmjax.data.config import DataConfig, Split, check_split
+from mmjax.data.config import DataConfig, Progress, Split, check_split
 from mmjax.data.sources import ListSource, Record
 from mmjax.errors import ConfigError
 
@@ -50,7 +50,7 @@ class DigitsData(DataConfig):
         """The digits in words: zero to nine."""
         return DIGIT_NAMES
 
-    def source(self, split: Split = "train") -> ListSource:
+    def source(self, split: Split = "train", progress: Progress | None = None) -> ListSource:
         """The scans of one split.
 
         Raises:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmjax.data.faults import BadSample, cause_of, fault_counts
 from mmjax.data.pipeline import Batch, text_length, tokenize
-from mmjax.data.sampling import decode, pixels_of
+from mmjax.data.sampling import decode, pixels_of, usable_texts
 from mmjax.data.sources import Source
 from mmjax.errors import DataError
 
@@ -58,10 +58,13 @@ class Examples(Sequence[Example]):
             record = self.sources[number][index - (self._ends[number - 1] if number else 0)]
         except OSError as error:
             raise BadSample(cause_of(error), f"sample {index}") from error
-        texts = tuple(text for text in record["texts"] if text.strip())
-        text = texts[0] if texts else None
+        texts = usable_texts(record) if any(text.strip() for text in record["texts"]) else ()
         return Example(
-            image=decode(record), text=text, texts=texts, label=record["label"], name=record["name"]
+            image=decode(record),
+            text=texts[0] if texts else None,
+            texts=texts,
+            label=record["label"],
+            name=record["name"],
         )
 
     @property

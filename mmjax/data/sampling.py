@@ -191,11 +191,13 @@ def usable_texts(record: Record) -> tuple[str, ...]:
     """The captions of a record that hold more than white space.
 
     Raises:
-        BadSample: "no_caption" when there is none.
+        BadSample: "no_caption" when there is none, "bad_record" for bytes that were not UTF-8.
     """
     texts = tuple(text for text in record["texts"] if text.strip())
     if not texts:
         raise BadSample("no_caption", record["name"])
+    if any("\ud800" <= c <= "\udfff" for text in texts if not text.isascii() for c in text):
+        raise BadSample("bad_record", record["name"], "its caption is not UTF-8")
     return texts
 
 
