@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
@@ -13,17 +14,58 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mmjax.errors import DataError
+from mmjax.models.assemblies import ImageClassifier
 
 Batch = Mapping[str, Any]
 
 # Results kept on the device while the host prepares the next batch.
 _IN_FLIGHT = 2
+_METHODS = {"pixel_values": "encode_image", "input_ids": "encode_text"}
 
 
-@partial(jax.jit, static_argnames=("model", "method", "normalize"))
-def _encode(model: Any, params: Any, inputs: dict[str, jax.Array], method: str, normalize: bool) -> jax.Array:
+def takes(model: Any, name: str) -> bool:
+    """Whether a model has inputs of this name: "pixel_values" or "input_ids".
+
+    Args:
+        model: a Linen module of `mmjax.models`, or one with `encode_image` or `encode_text`.
+        name: the input.
+
+    Example:
+        >>> from flax import linen as nn
+        >>> takes(nn.Dense(2), "pixel_values")
+        False
+    """
+    if hasattr(model, _METHODS[name]):
+        return True
+    return hasattr(model, "example_batch") and name in model.example_batch()
+
+
+def _without_head(model: Any) -> Any:
+    """A classifier with its head taken off gives the features that the head would see."""
+    if not isinstance(model, ImageClassifier):
+        return model
+    return model.clone(config=dataclasses.replace(model.config, num_labels=0, labels=()))
+
+
+def _features(model: Any, params: Any, inputs: dict[str, jax.Array]) -> jax.Array:
+    """[B, E] of one batch: the shared space where the model has one, else the pooled tower."""
+    images = "pixel_values" in inputs
+    method = _METHODS["pixel_values" if images else "input_ids"]
+    if hasattr(model, method):
+        return model.apply({"params": params}, **inputs, method=method, normalize=False)
+    out = model.apply({"params": params}, **inputs)
+    for name in ("image_embeds" if images else "text_embeds", "pooler_output", "logits"):
+        if name in out:
+            return out[name]
+    if "last_hidden_state" in out:  # a tower without pooling: its first token
+        return out["last_hidden_state"][:, 0]
+    raise DataError(f"{type(model).__name__} gives no embedding, only {', '.join(out.keys())}")
+
+
+@partial(jax.jit, static_argnames=("model", "normalize"))
+def _encode(model: Any, params: Any, inputs: dict[str, jax.Array], normalize: bool) -> jax.Array:
     """[B, E] float32 of one batch, each row of length 1 when asked."""
-    embeds = model.apply({"params": params}, **inputs, method=method, normalize=False).astype(jnp.float32)
+    embeds = _features(model, params, inputs).astype(jnp.float32)
     if not normalize:
         return embeds
     length = jnp.linalg.norm(embeds, axis=-1, keepdims=True)
@@ -65,18 +107,18 @@ def _embed(
     params: Any,
     batches: Iterable[Any],
     names: tuple[str, ...],
-    method: str,
     normalize: bool,
     sharding: jax.sharding.Sharding | None,
 ) -> NDArray[np.float32]:
-    if not hasattr(model, method):
-        raise DataError(f"{type(model).__name__} has no {method}: choose a model that has this tower")
+    if not takes(model, names[0]):
+        raise DataError(f"{type(model).__name__} takes no {names[0]}: choose a model that has this tower")
+    model = _without_head(model)
     waiting: deque[tuple[jax.Array, int]] = deque()
     done: list[NDArray[np.float32]] = []
     for inputs, rows in _fixed_shapes(batches, names):
         if sharding is not None:
             inputs = jax.device_put(inputs, sharding)
-        waiting.append((_encode(model, params, inputs, method=method, normalize=normalize), rows))
+        waiting.append((_encode(model, params, inputs, normalize=normalize), rows))
         if len(waiting) >= _IN_FLIGHT:
             result, count = waiting.popleft()
             done.append(np.asarray(result)[:count])
@@ -94,13 +136,16 @@ def embed_images(
     normalize: bool = True,
     sharding: jax.sharding.Sharding | None = None,
 ) -> NDArray[np.float32]:
-    """Embed batches of images with the model's `encode_image`.
+    """Embed batches of images.
+
+    A model of images and texts gives its shared space (`encode_image`), a tower alone its pooled output,
+    a classifier the features before its head.
 
     The first batch sets the compiled shape; smaller ones are padded and cut again, so there is one
     compilation per model and shape, and calling again with another source reuses it.
 
     Args:
-        model: a Linen module with `encode_image(pixel_values, normalize)`.
+        model: a Linen module with `encode_image(pixel_values, normalize)`, or a model of `mmjax.models`.
         params: its parameters.
         batches: arrays [B, H, W, C], or mappings that hold them as "pixel_values"; none larger than
             the first.
@@ -121,7 +166,7 @@ def embed_images(
         >>> embed_images(Mean(), {}, [np.ones((2, 4, 4, 1)), np.ones((1, 4, 4, 1))]).tolist()
         [[1.0], [1.0], [1.0]]
     """
-    return _embed(model, params, batches, ("pixel_values",), "encode_image", normalize, sharding)
+    return _embed(model, params, batches, ("pixel_values",), normalize, sharding)
 
 
 def embed_texts(
@@ -132,10 +177,11 @@ def embed_texts(
     normalize: bool = True,
     sharding: jax.sharding.Sharding | None = None,
 ) -> NDArray[np.float32]:
-    """Embed batches of token ids with the model's `encode_text`.
+    """Embed batches of token ids, as `embed_images` does for images (`encode_text`).
 
     Args:
-        model: a Linen module with `encode_text(input_ids, attention_mask, normalize)`.
+        model: a Linen module with `encode_text(input_ids, attention_mask, normalize)`, or a model of
+            `mmjax.models`.
         params: its parameters.
         batches: arrays of ids [B, T], or mappings with "input_ids" and, if used, "attention_mask" [B, T];
             one T for all of them, none larger than the first.
@@ -156,5 +202,4 @@ def embed_texts(
         >>> embed_texts(First(), {}, [np.array([[3, 4, 0]])]).round(2).tolist()
         [[0.6000000238418579, 0.800000011920929]]
     """
-    names = ("input_ids", "attention_mask")
-    return _embed(model, params, batches, names, "encode_text", normalize, sharding)
+    return _embed(model, params, batches, ("input_ids", "attention_mask"), normalize, sharding)

@@ -27,7 +27,6 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
         "a drawing of a {}.",
         "the {} in a photo.",
     ),
-    "digits": ("a photo of the digit {}.", "a handwritten {}.", "the number {}."),
     "scene": ("a photo of a {}.", "a view of a {}.", "a {} seen from above."),
     "texture": ("a photo of a {} texture.", "a {} surface.", "something {}."),
 }

@@ -5,12 +5,12 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
-from fakes import TwoTowers, unit
 from flax import linen as nn
 
 from mmjax.errors import DataError
 from mmjax.evaluation import embed_images, embed_texts
 from mmjax.evaluation.embed import _encode
+from tests.evaluation.fakes import TwoTowers, unit
 
 MODEL = TwoTowers()
 PIXELS = np.random.default_rng(0).normal(size=(11, 4, 5, 3)).astype(np.float32)
@@ -98,5 +98,5 @@ def test_a_mask_of_another_length():
 
 
 def test_a_model_without_that_tower():
-    with pytest.raises(DataError, match="Dense has no encode_text"):
+    with pytest.raises(DataError, match="Dense takes no input_ids"):
         embed_texts(nn.Dense(3), {}, [IDS])

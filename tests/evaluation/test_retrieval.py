@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fakes import unit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmjax.errors import DataError
 from mmjax.evaluation import retrieval_metrics
 from mmjax.evaluation.retrieval import _ranks
+from tests.evaluation.fakes import unit
 
 
 def dense_ranks(images, texts, image_ids, text_ids):

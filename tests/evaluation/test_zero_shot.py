@@ -5,11 +5,11 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
-from fakes import Letters, TwoTowers, unit
 
 from mmjax.errors import DataError
 from mmjax.evaluation import TEMPLATES, zero_shot_accuracy, zero_shot_classifier, zero_shot_classify
 from mmjax.evaluation.zero_shot import fill_templates, text_length
+from tests.evaluation.fakes import Letters, TwoTowers, unit
 
 NAMES = ["cat", "dog", "red fox"]
 TEMPLATE_LIST = ["a {}.", "the {}", "{}!"]

@@ -1,0 +1,14 @@
+"""The commands of `mmjax`, one module each: `configure(parser)` adds arguments, `run(options)` does the work.
+
+Modules here import nothing heavy at the top, so that help and usage errors come at once.
+"""
+
+# What `mmjax --help` says about each; the module of a command has its name, eval's is evaluate.
+COMMANDS: dict[str, str] = {
+    "train": "run an experiment file, or resume it",
+    "eval": "measure a model: zero-shot accuracy, linear probe, retrieval",
+    "zeroshot": "classify images by labels given in words",
+    "embed": "write embeddings of images and texts to a file",
+    "convert": "read a model folder and write it again, in another dtype or shard size",
+    "info": "show a model folder's modules, parameters and bytes",
+}
