@@ -1,0 +1,127 @@
+"""Vocabularies that the `tokenizers` library runs: tokenizer.json, and CLIP's older files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+from mmjax.errors import CheckpointError
+from mmjax.language.tokenizer_config import (
+    CLASS_DEFAULTS,
+    CLIP_END,
+    added_tokens,
+    class_of,
+    content_of,
+    named_tokens,
+    read_json,
+)
+
+_CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class FastBackend:
+    """The `tokenizers` object, without padding and truncation, which would be state."""
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+        _add_tokens(tokenizer, config)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
+        self._tokenizer = tokenizer
+        self.is_byte_pair = isinstance(tokenizer.model, models.BPE)
+        # CLIP's decoder leaves the mark of a word's end to be turned into a space.
+        self._word_end = tokenizer.model.end_of_word_suffix if class_of(config) == "CLIPTokenizer" else None
+
+    def encode(self, texts: Sequence[str], special: bool, limit: int | None, side: str) -> list[list[int]]:
+        rows = [row.ids for row in self._tokenizer.encode_batch_fast(texts, add_special_tokens=special)]
+        for i, row in enumerate(rows):
+            if limit is not None and len(row) > limit:
+                encoding = self._tokenizer.encode(texts[i], add_special_tokens=False)
+                encoding.truncate(limit - (self.special_count() if special else 0), direction=side)
+                rows[i] = self._tokenizer.post_process(encoding, None, special).ids
+        return rows
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        text = self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        return text.replace(self._word_end, " ").strip() if self._word_end else text
+
+    def special_count(self) -> int:
+        return self._tokenizer.num_special_tokens_to_add(False)
+
+    def vocab(self) -> dict[str, int]:
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
+    def save(self, folder: Path) -> None:
+        (folder / "tokenizer.json").write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
+        (folder / "spiece.model").unlink(missing_ok=True)  # one vocabulary per folder
+
+
+def clip_model(vocab: dict[str, int], merges: list[tuple[str, str]]) -> models.BPE:
+    """CLIP's byte-pair model: the last piece of a word carries a mark."""
+    return models.BPE(
+        vocab, merges, unk_token=CLIP_END, continuing_subword_prefix="", end_of_word_suffix="</w>"
+    )
+
+
+def clip_tokenizer(model: models.BPE, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """CLIP's steps around a byte-pair model: lower case, split, start and end (if the model has them)."""
+    tokenizer = tokenizers.Tokenizer(model)
+    spaces = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+    split = pre_tokenizers.Split(tokenizers.Regex(_CLIP_SPLIT), behavior="removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    start, end = content_of(config["bos_token"]), content_of(config["eos_token"])
+    start_id, end_id = (token and tokenizer.token_to_id(token) for token in (start, end))
+    if start and end and isinstance(start_id, int) and isinstance(end_id, int):
+        tokenizer.post_processor = processors.RobertaProcessing(
+            (end, end_id), (start, start_id), trim_offsets=False, add_prefix_space=False
+        )
+    return tokenizer
+
+
+def open_clip_files(folder: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """CLIP's older form: vocab.json and merges.txt."""
+    vocab = read_json(folder / "vocab.json")
+    try:
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        pairs = [line.split(" ") for line in lines if line.strip() and not line.startswith("#version")]
+        merges = [(left, right) for left, right in pairs]
+        return clip_tokenizer(clip_model(vocab, merges), config)
+    except Exception as error:  # the library raises plain exceptions
+        raise CheckpointError(f"{folder}/merges.txt does not fit vocab.json ({error})") from error
+
+
+def open_fast(path: Path, config: dict[str, Any]) -> tuple[FastBackend, dict[str, Any]]:
+    """Open a tokenizer.json; what it says of padding goes into the configuration."""
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain exceptions
+        raise CheckpointError(f"{path}: not a tokenizer file that can be read ({error})") from error
+    # Sides and padding kept in tokenizer.json count where the configuration is silent.
+    padding, truncation = tokenizer.padding or {}, tokenizer.truncation or {}
+    kept = {
+        "pad_token": padding.get("pad_token"),
+        "padding_side": padding.get("direction"),
+        "truncation_side": truncation.get("direction"),
+    }
+    config = {**CLASS_DEFAULTS.get(class_of(config), {}), **{k: v for k, v in kept.items() if v}, **config}
+    return FastBackend(tokenizer, config), config
+
+
+def _add_tokens(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+    """Make known what the configuration names beyond tokenizer.json, in transformers' order."""
+    present = {repr(token) for token in tokenizer.get_added_tokens_decoder().values()}
+    tokens = [token for _, token in added_tokens(config) if repr(token) not in present]
+    known = {token.content for token in (*tokenizer.get_added_tokens_decoder().values(), *tokens)}
+    for token in named_tokens(config):
+        if token.content not in known:
+            tokens.append(token)
+            known.add(token.content)
+    tokenizer.add_tokens(tokens)
