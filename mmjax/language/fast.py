@@ -120,8 +120,6 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> N
     present = {repr(token) for token in tokenizer.get_added_tokens_decoder().values()}
     tokens = [token for _, token in added_tokens(config) if repr(token) not in present]
     known = {token.content for token in (*tokenizer.get_added_tokens_decoder().values(), *tokens)}
-    for token in named_tokens(config):
-        if token.content not in known:
-            tokens.append(token)
-            known.add(token.content)
+    # One token may have several roles with different flags; as in the reference the last one counts.
+    tokens += [token for token in named_tokens(config) if token.content not in known]
     tokenizer.add_tokens(tokens)

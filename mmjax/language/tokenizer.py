@@ -148,7 +148,7 @@ class Tokenizer:
 
         Args:
             texts: One text or several.
-            padding: False, True or "longest" (of the batch), or "max_length".
+            padding: False, True or "longest" (of the batch), or "max_length" (longer texts need truncation).
             truncation: Cut longer texts to `max_length`, special tokens kept. By default only if
                 `max_length` is given without padding, as transformers does.
             max_length: In tokens; by default the model's.
@@ -247,10 +247,11 @@ def train_clip_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int 
         "model_max_length": max_length,
     }
     learner = clip_tokenizer(clip_model({}, []), config)
+    # Without the whole alphabet as known tokens, word ends get ids in random order, and ties are decided by id.
     trainer = trainers.BpeTrainer(
         vocab_size=len(alphabet) + room,
         show_progress=False,
-        initial_alphabet=bytes_,
+        special_tokens=alphabet,
         end_of_word_suffix="</w>",
     )
     learner.train_from_iterator(texts, trainer)
@@ -301,9 +302,9 @@ def _width(lengths: list[int], padding: str, length: int | None, multiple: int |
     width = length if padding == "max_length" and length is not None else longest
     if padding and multiple:
         width = -(-width // multiple) * multiple
-    if longest > width:
+    if longest > width and min(lengths) != longest:
         raise DataError(f"a text has {longest} tokens, more than {width}: pass truncation=True")
-    return width
+    return max(width, longest)
 
 
 __all__ = ["Tokenizer", "train_clip_tokenizer"]
