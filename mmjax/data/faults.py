@@ -160,7 +160,7 @@ class FaultTally:
         parts = ", ".join(f"{cause} {self.counts[cause]}" for cause in FAULTS if self.counts.get(cause))
         names = ", ".join(f"{printable(name)} ({cause})" for cause, name in self.examples)
         head = f"{self.bad} of {self.seen} samples ({100 * self.share:.1f}%) broken"
-        return head + (f": {parts}; for example {names}" if self.bad else "")
+        return head + (f": {parts}" if parts else "") + (f"; for example {names}" if names else "")
 
     def check(self, max_fault_share: float) -> None:
         """Stop when too many samples are broken.

@@ -77,13 +77,18 @@ def read_file(path: Path, name: str, limit: int = MAX_IMAGE_BYTES) -> bytes:
         raise BadSample("missing_file", name) from error
     except OSError as error:
         raise BadSample("unreadable", name, error.strerror or "") from error
-    with os.fdopen(handle, "rb") as file:
+    try:
         status = os.fstat(handle)
         if not stat.S_ISREG(status.st_mode):
             raise BadSample("unreadable", name, "not a regular file")
         if status.st_size > limit:
             raise BadSample("too_large", name, f"{status.st_size} bytes")
-        return file.read(limit)
+        with open(handle, "rb", closefd=False) as file:
+            return file.read(limit)
+    except OSError as error:
+        raise BadSample("unreadable", name, error.strerror or "") from error
+    finally:
+        os.close(handle)
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def load_or_index(path: Path, cache: Path | None) -> TarIndex:
 def _load(entry: Path, size: int) -> TarIndex | None:
     """The kept index; None where there is none, or one that cannot be of a tar file of this size."""
     try:
-        with np.load(entry, allow_pickle=False) as kept:
+        with open(entry, "rb") as file, np.load(file, allow_pickle=False) as kept:
             arrays = {name: kept[name] for name in DTYPES}
     except Exception:  # a damaged file can raise nearly anything
         return None

@@ -163,7 +163,11 @@ class BatchIterator(Iterator[Batch]):
     def __next__(self) -> Batch:
         if self._rows is None:
             self._rows = iter(self.dataset.pipeline(self._next_batch))
-        batch, broken = next(self._rows)
+        try:
+            batch, broken = next(self._rows)
+        except BaseException:  # reading ahead may have gone on: another attempt begins at this batch again
+            self.close()
+            raise
         self._next_batch += 1
         self.tally.add(self.dataset.local_batch_size, broken)
         return batch
