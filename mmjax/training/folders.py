@@ -57,6 +57,7 @@ class RunFolders:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            self.release()
             raise TrainingError(f"another process is training {self.name!r} in {self.workdir}") from None
         if overwrite:
             for folder in (self.checkpoints, self.model, self.output):

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding
 
+from mmjax.errors import ConfigError
 from mmjax.parallel import param_shardings, replicated
 from mmjax.training.state import flatten
 
@@ -55,6 +56,7 @@ class FromConfig:
         extra = {} if self.execution is None else {"execution": self.execution}
         model = self.model(self.config, **extra)
         processor = self.processor(data) if self.processor is not None else None
+        _check_tokenizer(self.config, processor)
 
         def init(key: jax.Array) -> Mapping[str, Any]:
             batch = model.example_batch(batch_size=1)  # type: ignore[attr-defined]
@@ -103,6 +105,27 @@ class FromFolder:
             shapes={path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flat.items()},
             shardings=_shardings(model, mesh, flat),
             params=lambda: flat,
+        )
+
+
+# Configs from before the field was right say 2; pooling then takes the largest id of a row.
+_EOS_UNSET = 2
+
+
+def _check_tokenizer(config: Any, processor: Any) -> None:
+    """A new model whose ids are not its tokenizer's would train on nonsense without a sign of it."""
+    tokenizer = getattr(processor, "tokenizer", None)
+    text = getattr(config, "text_config", config)
+    if tokenizer is None or not hasattr(text, "vocab_size"):
+        return
+    if tokenizer.vocab_size > text.vocab_size:
+        raise ConfigError(
+            f"text_config.vocab_size={text.vocab_size}, but the tokenizer has {tokenizer.vocab_size} tokens"
+        )
+    eos = getattr(text, "eos_token_id", _EOS_UNSET)
+    if getattr(text, "pooling", None) == "eos" and eos not in (_EOS_UNSET, tokenizer.eos_token_id):
+        raise ConfigError(
+            f"text_config.eos_token_id={eos}, but the tokenizer's texts end with {tokenizer.eos_token_id}"
         )
 
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from tests.training.toy import SquaredError, toy_batch, toy_model, toy_params
 
 from mmjax.nn import parameter_specs
 from mmjax.parallel import batch_sharding, make_mesh, param_shardings, replicated
@@ -26,6 +25,7 @@ from mmjax.training.state import (
     state_to_arrays,
 )
 from mmjax.training.step import make_train_step, term_name
+from tests.training.toy import SquaredError, toy_batch, toy_model, toy_params
 
 HEAD = frozenset({"head/kernel", "head/bias"})
 
@@ -47,9 +47,7 @@ def setup(
         clip_norm=1.0,
     )
     task = options.pop("task", SquaredError())
-    state = create_state(
-        params, trained, optimizer, jax.random.key(3), ema=options.get("ema_decay", 0.0) > 0
-    )
+    state = create_state(params, trained, optimizer, jax.random.key(3), ema=options.get("ema_decay", 0.0) > 0)
     return state, make_train_step(model, task, optimizer, **options), optimizer
 
 
@@ -206,7 +204,9 @@ def test_projection_is_applied_after_the_update() -> None:
     assert max(float(jnp.abs(x).max()) for x in state.params.values()) <= 0.1 + 1e-7
 
 
-@pytest.mark.parametrize("shape", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2}])
+@pytest.mark.parametrize(
+    "shape", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"fsdp": 4, "tensor": 2}]
+)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_eight_devices_equal_one(shape: dict[str, int], accumulate: int) -> None:
     options: dict[str, Any] = {"drop": 0.3, "ema_decay": 0.9, "accumulate": accumulate}
@@ -238,7 +238,9 @@ def test_eight_devices_equal_one(shape: dict[str, int], accumulate: int) -> None
             )
     wanted = state_to_arrays(state)
     for name, value in state_to_arrays(many).items():
-        np.testing.assert_allclose(np.asarray(value), np.asarray(wanted[name]), rtol=1e-5, atol=1e-5, err_msg=name)
+        np.testing.assert_allclose(
+            np.asarray(value), np.asarray(wanted[name]), rtol=1e-5, atol=1e-5, err_msg=name
+        )
     if shape.get("fsdp", 1) > 1:
         assert many.params["eyes/kernel"].sharding == NamedSharding(mesh, PartitionSpec("fsdp", "tensor"))
 
@@ -246,7 +248,9 @@ def test_eight_devices_equal_one(shape: dict[str, int], accumulate: int) -> None
 def test_the_state_survives_its_flat_form() -> None:
     state, _, _ = setup(trained=HEAD, ema_decay=0.9)
     arrays = state_to_arrays(state)
-    assert all(isinstance(x, jax.Array) and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in arrays.values())
+    assert all(
+        isinstance(x, jax.Array) and not jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in arrays.values()
+    )
     back = state_from_arrays(jax.eval_shape(lambda: state), arrays)
     assert jax.tree.structure(back) == jax.tree.structure(state)
     assert_same_bits(back, state)
