@@ -79,8 +79,8 @@ def _one_line(error: BaseException) -> str:
 def _explain(error: Exception) -> tuple[str, int]:
     """The message for an error, and the exit code."""
     if isinstance(error, MmjaxError):
-        # Lists of faults keep their lines; nothing in them may steer the terminal.
-        return "\n".join(printable(line) for line in str(error).splitlines()), 2
+        # Lists of faults keep their indented lines; nothing else may break a line or steer the terminal.
+        return "\n  ".join(printable(line) for line in str(error).split("\n  ")), 2
     if isinstance(error, OSError) and error.strerror:
         place = (
             f"{printable(os.fsdecode(error.filename))}: " if isinstance(error.filename, str | bytes) else ""

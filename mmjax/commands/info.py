@@ -62,14 +62,15 @@ def inspect(folder: str) -> dict[str, Any]:
     """
     from flax.traverse_util import flatten_dict
 
-    from mmjax.checkpoints.files import open_tensors
+    from mmjax.checkpoints.files import open_tensors, read_json
     from mmjax.checkpoints.rules import link
     from mmjax.models.hub import find_folder, open_model
-    from mmjax.nn import parameter_specs
+    from mmjax.nn import Execution, parameter_specs
 
     path = find_folder(folder)
+    read_json(path / "config.json")
     with open_tensors(path) as reader:
-        family, model = open_model(path, reader)
+        family, model = open_model(path, reader, Execution())
         specs = flatten_dict(parameter_specs(model), sep="/")
         links = link(family.rules(model), reader.shapes, specs, str(path))
         stored = {
