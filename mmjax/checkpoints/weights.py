@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from mmjax.checkpoints.files import INDEX, WEIGHTS, TensorReader
 from mmjax.checkpoints.rules import KeyRules, expand, link
 from mmjax.errors import CheckpointError
-from mmjax.parallel import ParamSpec, partition_spec
+from mmjax.parallel import ParamSpec, auto_mesh, partition_spec
 
 SHARD_BYTES = 4 * 10**9
 
@@ -53,6 +53,7 @@ def load_params(
     flat: dict[str, ParamSpec] = flatten_dict(dict(specs), sep="/")
     links = link(rules, reader.shapes, flat, where)
     _check_floating(reader, [entry.source for entry in links])
+    mesh = None if mesh is None else auto_mesh(mesh)
     params: dict[str, jax.Array] = {}
     for entry in links:
         pieces = entry.transform.load(reader.read(entry.source))

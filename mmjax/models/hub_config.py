@@ -23,12 +23,12 @@ COMMON: Mapping[str, str] = {
         "use_cache _attn_implementation _attn_implementation_autoset _attn_implementation_internal "
         "attn_implementation gradient_checkpointing",
         "the folder's tensors say it": "dtype torch_dtype use_bfloat16",
-        "text generation only": "bad_words_ids begin_suppress_tokens decoder_start_token_id "
-        "diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size "
-        "exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length no_repeat_ngram_size "
-        "num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values "
-        "repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p "
-        "prefix sep_token_id",
+        "text generation only": "bad_words_ids begin_suppress_tokens decoder_start_token_id diversity_penalty "
+        "do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty "
+        "forced_bos_token_id forced_eos_token_id length_penalty max_length min_length "
+        "no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores prefix "
+        "remove_invalid_values repetition_penalty return_dict_in_generate sep_token_id "
+        "suppress_tokens temperature top_k top_p typical_p",
         "the tokenizer's matter": "bos_token_id pad_token_id",
         "splits the work, not the result": "chunk_size_feed_forward",
         "torch only": "torchscript tf_legacy_loss",

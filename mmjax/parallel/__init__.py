@@ -1,6 +1,6 @@
 """The device mesh and the one table of sharding rules."""
 
-from mmjax.parallel.mesh import BATCH_AXES, MESH_AXES, batch_sharding, make_mesh, replicated
+from mmjax.parallel.mesh import BATCH_AXES, MESH_AXES, auto_mesh, batch_sharding, make_mesh, replicated
 from mmjax.parallel.sharding import SHARDING_RULES, param_shardings, partition_spec
 from mmjax.parallel.specs import LogicalAxes, ParamSpec
 
@@ -10,6 +10,7 @@ __all__ = [
     "SHARDING_RULES",
     "LogicalAxes",
     "ParamSpec",
+    "auto_mesh",
     "batch_sharding",
     "make_mesh",
     "param_shardings",

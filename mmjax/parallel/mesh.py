@@ -55,6 +55,13 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | N
     )
 
 
+def auto_mesh(mesh: Mesh) -> Mesh:
+    """The same mesh with axes of type Auto: `jax.make_mesh` makes Explicit ones unless told otherwise."""
+    if all(kind == AxisType.Auto for kind in mesh.axis_types):
+        return mesh
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of every array of a batch: axis 0 over data and fsdp, the rest whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))

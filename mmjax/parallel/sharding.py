@@ -25,7 +25,7 @@ def partition_spec(
     """Translate a parameter's logical axes for one mesh.
 
     A dimension that its mesh axis does not divide stays whole: a vocabulary of 49,409 entries is a
-    fact of the checkpoint, not an error.
+    fact of the checkpoint, not an error. So does one whose axis the mesh does not have.
 
     Raises:
         ConfigError: an axis name without a rule, or two dimensions on one mesh axis.
@@ -44,7 +44,7 @@ def partition_spec(
     if len(used) != len(set(used)):
         raise ConfigError(f"sharding: axes {axes} put two dimensions on one mesh axis: {targets}")
     fits = [
-        target if target is not None and size % mesh.shape.get(target, 1) == 0 else None
+        target if target in mesh.shape and size % mesh.shape[target] == 0 else None
         for target, size in zip(targets, shape, strict=True)
     ]
     return PartitionSpec(*fits)
