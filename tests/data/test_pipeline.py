@@ -302,3 +302,27 @@ def test_a_tokenizer_without_length_needs_max_length():
         SMALL.build(processor=processor, batch_size=4, seed=0)
     config = dataclasses.replace(SMALL, max_length=5)
     assert next(iter(config.build(processor=processor, batch_size=4, seed=0)))["input_ids"].shape == (4, 5)
+
+
+def test_with_a_real_processor():
+    from mmjax.language.tokenizer import train_clip_tokenizer
+    from mmjax.models.processor import Processor
+    from mmjax.vision.processing import ImageProcessor
+
+    config = DigitsData(max_length=12, num_threads=4)
+    texts = [text for example in config.examples("train")[:60] for text in example["texts"]]
+    processor = Processor(ImageProcessor(size=16, crop_size=16), train_clip_tokenizer(texts, vocab_size=540))
+    with iter(config.build(processor=processor, batch_size=6, seed=0)) as iterator:
+        batch = next(iterator)
+    examples = config.examples("train")
+    for row, number in enumerate(batch["ids"].tolist()):
+        pixels = processor(images=[examples[number]["image"]])["pixel_values"][0]
+        np.testing.assert_array_equal(batch["pixel_values"][row], pixels)
+        ids = [
+            processor(text=[text], padding="max_length", truncation=True, max_length=12)["input_ids"][
+                0
+            ].tolist()
+            for text in examples[number]["texts"]
+        ]
+        assert batch["input_ids"][row].tolist() in ids
+    assert batch["attention_mask"].shape == (6, 12)
