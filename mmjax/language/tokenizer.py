@@ -91,7 +91,8 @@ class Tokenizer:
             setattr(self, role, token)
             setattr(self, f"{role}_id", None if token is None else self._vocab[token])
         self.padding_side, self.truncation_side = (
-            _side(config.get(name), name) for name in ("padding_side", "truncation_side")
+            _side(config.get(name), f"tokenizer_config.json: {name}")
+            for name in ("padding_side", "truncation_side")
         )
         self.model_max_length = _max_length(config.get("model_max_length"))
         self.model_input_names = tuple(config.get("model_input_names") or ("input_ids", "attention_mask"))
@@ -274,9 +275,13 @@ def _side(value: Any, name: str) -> str:
 
 
 def _max_length(value: Any) -> int | None:
-    if value is None or value > _NO_LIMIT:
+    if value is None:
         return None
-    return int(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 1:
+        raise ConfigError(
+            f"tokenizer_config.json: model_max_length must be a number of tokens, got {value!r}"
+        )
+    return None if value > _NO_LIMIT else int(value)
 
 
 def _checked_texts(texts: Any) -> list[str]:
