@@ -146,11 +146,15 @@ def _fact_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
         for name, value in facts["config"].items()
         if isinstance(value, Mapping)
     }
+    # Fields that this model does not use, though its config has them.
+    hidden = {(prefix, "projection_dim") for prefix in sections if prefix}
+    if "Classification" not in facts["model"]:
+        hidden.add(("", "num_labels"))
     for prefix, section in sections.items():
         rows += [
             (f"{prefix}{name}", _fact_text(section[name]))
             for name in _FACTS
-            if section.get(name) is not None and not isinstance(section[name], Mapping)
+            if section.get(name) is not None and (prefix, name) not in hidden
         ]
     return rows
 

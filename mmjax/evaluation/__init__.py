@@ -3,6 +3,7 @@
 from mmjax.evaluation.embed import embed_images, embed_texts
 from mmjax.evaluation.linear_probe import LinearProbe, fit_linear_probe
 from mmjax.evaluation.metrics import accuracy, confusion_matrix, label_ranks, top_k_accuracy
+from mmjax.evaluation.reading import Reading, embed_examples
 from mmjax.evaluation.retrieval import RetrievalMetrics, retrieval_metrics
 from mmjax.evaluation.zero_shot import (
     TEMPLATES,
@@ -16,11 +17,13 @@ from mmjax.evaluation.zero_shot import (
 __all__ = [
     "TEMPLATES",
     "LinearProbe",
+    "Reading",
     "RetrievalMetrics",
     "ZeroShotAccuracy",
     "ZeroShotScores",
     "accuracy",
     "confusion_matrix",
+    "embed_examples",
     "embed_images",
     "embed_texts",
     "fit_linear_probe",

@@ -9,7 +9,10 @@ from flax import linen as nn
 
 from mmjax.errors import DataError
 from mmjax.evaluation import embed_images, embed_texts
-from mmjax.evaluation.embed import _encode
+from mmjax.evaluation.embed import _encode, takes
+from mmjax.models import CLIPVisionModel, ViTConfig, ViTForImageClassification, ViTForMaskedImageModeling
+from mmjax.models.clip.config import CLIPVisionConfig
+from mmjax.nn import parameter_specs
 from tests.evaluation.fakes import TwoTowers, unit
 
 MODEL = TwoTowers()
@@ -100,3 +103,40 @@ def test_a_mask_of_another_length():
 def test_a_model_without_that_tower():
     with pytest.raises(DataError, match="Dense takes no input_ids"):
         embed_texts(nn.Dense(3), {}, [IDS])
+
+
+SIZES = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+TOWER = {"image_size": 8, "patch_size": 4, **SIZES}
+IMAGES = np.random.default_rng(2).normal(size=(3, 8, 8, 3)).astype(np.float32)
+
+
+def filled(model):
+    rng = np.random.default_rng(3)
+    specs = parameter_specs(model)
+    return jax.tree.map(lambda spec: rng.normal(0, 0.3, spec.shape).astype(np.float32), specs)
+
+
+def test_a_tower_gives_its_pooled_output():
+    model = CLIPVisionModel(CLIPVisionConfig(**TOWER))
+    params = filled(model)
+    wanted = model.apply({"params": params}, IMAGES).pooler_output
+    np.testing.assert_allclose(embed_images(model, params, [IMAGES], normalize=False), wanted, atol=1e-5)
+    assert takes(model, "pixel_values") and not takes(model, "input_ids")
+    with pytest.raises(DataError, match="CLIPVisionModel takes no input_ids"):
+        embed_texts(model, params, [IDS])
+
+
+def test_a_classifier_gives_the_features_before_its_head():
+    model = ViTForImageClassification(ViTConfig(num_labels=3, **TOWER))
+    params = filled(model)
+    features = embed_images(model, params, [IMAGES], normalize=False)
+    head = params["classifier"]
+    wanted = model.apply({"params": params}, IMAGES).logits
+    np.testing.assert_allclose(features @ head["kernel"] + head["bias"], wanted, atol=1e-5)
+
+
+def test_a_model_without_embeddings_says_what_it_gives():
+    config = ViTConfig(mask_token=True, encoder_stride=4, **TOWER)
+    model = ViTForMaskedImageModeling(config)
+    with pytest.raises(DataError, match="ViTForMaskedImageModeling gives no embedding, only reconstruction"):
+        embed_images(model, filled(model), [IMAGES])
