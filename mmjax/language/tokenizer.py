@@ -248,7 +248,7 @@ def train_clip_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int 
         "model_max_length": max_length,
     }
     learner = clip_tokenizer(clip_model({}, []), config)
-    # Without the whole alphabet as known tokens, word ends get ids in random order, and ties are decided by id.
+    # Ties between pairs are decided by id, and word ends that are not known before get ids in random order.
     trainer = trainers.BpeTrainer(
         vocab_size=len(alphabet) + room,
         show_progress=False,

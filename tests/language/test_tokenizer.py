@@ -276,8 +276,8 @@ def test_training_gives_the_same_vocabulary_in_every_process(tmp_path: Path) -> 
         "import sys; from mmjax.language.tokenizer import train_clip_tokenizer as train; "
         f"train([{ties!r}], vocab_size=540).save(sys.argv[1])"
     )
-    folders = [tmp_path / str(number) for number in range(3)]
+    folders = [tmp_path / str(number) for number in range(2)]
     for each in folders:
         subprocess.run([sys.executable, "-c", program, str(each)], check=True)
     files = [(each / "tokenizer.json").read_bytes() for each in folders]
-    assert files[0] == files[1] == files[2]
+    assert files[0] == files[1]
