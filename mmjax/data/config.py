@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
-import numpy as np
 from PIL import Image
 
 from mmjax.data.examples import Examples
@@ -107,24 +107,11 @@ class DataConfig:
         """
         check_split(split)
         parts = self.parts(split, progress)
-        to_pixels, pixel_size = _pixels(processor)
         sources = [source for _, source in parts]
         has_text = all(source.has_text for source in sources)
         tokenizer = getattr(processor, "tokenizer", None) if has_text else None
-        firsts = np.cumsum([0, *(len(source) for source in sources)])
-        samplers = tuple(
-            Sampler(
-                source=source,
-                to_pixels=to_pixels,
-                pixel_size=pixel_size,
-                seed=seed + number,
-                needs_text=tokenizer is not None,
-                augmentation=config.augmentation() if split == "train" else Augmentation(),
-                first_id=int(firsts[number]),
-            )
-            for number, (config, source) in enumerate(parts)
-        )
         max_length = None if tokenizer is None else text_length(self.max_length, tokenizer)
+        samplers = _samplers(parts, processor, seed, split, needs_text=tokenizer is not None)
         weights = self.source_weights(sources)
         return Batches(
             samplers=samplers,
@@ -140,7 +127,7 @@ class DataConfig:
             max_fault_share=self.max_fault_share,
             identity={
                 "source": digest(*(source.identity for source in sources)),
-                "samples": int(firsts[-1]),
+                "samples": sum(len(source) for source in sources),
                 "split": split,
                 "seed": seed,
                 "batch_size": batch_size,
@@ -192,6 +179,26 @@ def check_split(split: str) -> None:
     """
     if split not in ("train", "test"):
         raise ConfigError(f"split={split!r} has to be 'train' or 'test'")
+
+
+def _samplers(
+    parts: list[tuple[DataConfig, Source]], processor: Any, seed: int, split: Split, needs_text: bool
+) -> tuple[Sampler, ...]:
+    """A sampler per source; their samples are numbered one source after the other."""
+    to_pixels, pixel_size = _pixels(processor)
+    first_ids = accumulate((len(source) for _, source in parts), initial=0)
+    return tuple(
+        Sampler(
+            source=source,
+            to_pixels=to_pixels,
+            pixel_size=pixel_size,
+            seed=seed + number,
+            needs_text=needs_text,
+            augmentation=config.augmentation() if split == "train" else Augmentation(),
+            first_id=first_id,
+        )
+        for number, ((config, source), first_id) in enumerate(zip(parts, first_ids, strict=False))
+    )
 
 
 def _pixels(processor: Any) -> tuple[Any, tuple[int, int]]:

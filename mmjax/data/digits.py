@@ -36,6 +36,10 @@ class DigitsData(DataConfig):
         templates: captions, with {} where the digit's name in words goes. Training draws one per sample and
             epoch.
 
+    >>> example = DigitsData().examples("test")[0]
+    >>> example["text"], example["label"], example["image"].size
+    ('a photo of the digit five', 5, (8, 8))
+
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI (1998), its test part.
     """
 

@@ -93,6 +93,15 @@ def batches(
         As in training: pixel_values [B, H, W, C], token arrays [B, T], labels [B], ids [B], faults
         [len(FAULTS)]; and valid bool [B], False for padding and for broken samples, whose rows hold zeros
         (labels and ids -1 in padding; broken samples keep their id and have label -1).
+
+    >>> from types import SimpleNamespace
+    >>> from mmjax.data.sources import ListSource, Record
+    >>> pixels = lambda images: {"pixel_values": np.stack([np.asarray(i.resize((2, 2))) for i in images])}
+    >>> processor = SimpleNamespace(image_processor=pixels, tokenizer=None)
+    >>> source: Any = [Record(image=np.zeros((4, 4), np.uint8), texts=(), label=None, name="1")]
+    >>> source = ListSource(source, "example", has_text=False, has_labels=False)
+    >>> [batch["valid"].tolist() for batch in batches(Examples([source]), processor, 2)]
+    [[True, False]]
     """
     to_pixels = pixels_of(processor.image_processor)
     blank = np.zeros_like(to_pixels(Image.new("RGB", (64, 64))))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -141,11 +142,23 @@ class Batches:
         return self.assemble(samples), [sample.fault for sample in samples if sample.fault]
 
 
+class _Reader:
+    """Holds a running grain iterator, so that it can be stopped at exit without keeping its owner alive."""
+
+    def __init__(self) -> None:
+        self.rows: Any = None
+
+    def close(self) -> None:
+        rows, self.rows = self.rows, None
+        if rows is not None:
+            rows.close()
+
+
 class BatchIterator(Iterator[Batch]):
     """Iterates over `Batches`; `get_state` and `set_state` save and restore its place exactly.
 
-    The state counts whole batches over all processes, so it is the same in every process and holds for any
-    number of threads and, with the same batch size, of processes.
+    The place counts batches over all processes, so a state holds in every process, for any number of threads
+    and, with the same batch size, of processes. The counts of broken samples in it are this process's own.
 
     Args:
         dataset: the batches.
@@ -155,16 +168,17 @@ class BatchIterator(Iterator[Batch]):
         self.dataset = dataset
         self.tally = FaultTally.for_source(dataset.samples)
         self._next_batch = 0
-        self._rows: Any = None
+        self._reader = _Reader()
+        weakref.finalize(self, self._reader.close)
 
     def __iter__(self) -> BatchIterator:
         return self
 
     def __next__(self) -> Batch:
-        if self._rows is None:
-            self._rows = iter(self.dataset.pipeline(self._next_batch))
+        if self._reader.rows is None:
+            self._reader.rows = iter(self.dataset.pipeline(self._next_batch))
         try:
-            batch, broken = next(self._rows)
+            batch, broken = next(self._reader.rows)
         except BaseException:  # reading ahead may have gone on: another attempt begins at this batch again
             self.close()
             raise
@@ -209,9 +223,7 @@ class BatchIterator(Iterator[Batch]):
 
     def close(self) -> None:
         """Stop reading ahead. The iterator can still be used: it starts reading again where it was."""
-        if self._rows is not None:
-            self._rows.close()
-            self._rows = None
+        self._reader.close()
 
     def __enter__(self) -> BatchIterator:
         return self
@@ -230,6 +242,11 @@ def tokenize(tokenizer: Any, texts: list[str], max_length: int | None) -> Batch:
 
     Returns:
         What the tokenizer gives, int32 [B, max_length] each.
+
+    >>> def letters(texts, *, max_length, **options):
+    ...     return {"input_ids": [[ord(c) for c in text.ljust(max_length)] for text in texts]}
+    >>> tokenize(letters, ["a", "b"], 2)["input_ids"].tolist()
+    [[97, 32], [98, 32]]
     """
     encoded = tokenizer(texts, padding="max_length", truncation=True, max_length=max_length)
     return {name: np.asarray(value, np.int32) for name, value in dict(encoded).items()}
@@ -240,6 +257,9 @@ def text_length(max_length: int | None, tokenizer: Any) -> int:
 
     Raises:
         ConfigError: neither says.
+
+    >>> text_length(12, None)
+    12
     """
     length = max_length if max_length is not None else getattr(tokenizer, "model_max_length", None)
     if not length or length > _LONGEST_TEXT:

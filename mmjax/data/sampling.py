@@ -90,6 +90,9 @@ def augment(
 
     Returns:
         An RGB image; the same one when there is nothing to change.
+
+    >>> augment(Image.new("RGB", (9, 7)), Augmentation(crop_scale=(0.5, 1.0)), (4, 6), 0).size
+    (6, 4)
     """
     if augmentation.crop_scale is not None:
         box = crop_box(image.width, image.height, augmentation, *key, "crop")
@@ -192,6 +195,9 @@ def usable_texts(record: Record) -> tuple[str, ...]:
 
     Raises:
         BadSample: "no_caption" when there is none, "bad_record" for bytes that were not UTF-8.
+
+    >>> usable_texts(Record(image=b"", texts=(" ", "a cat"), label=None, name="1"))
+    ('a cat',)
     """
     texts = tuple(text for text in record["texts"] if text.strip())
     if not texts:
@@ -206,6 +212,9 @@ def decode(record: Record) -> Image.Image:
 
     Raises:
         BadSample: with the cause that the decoder gave.
+
+    >>> decode(Record(image=np.zeros((3, 4), np.uint8), texts=(), label=None, name="1")).size
+    (4, 3)
     """
     try:
         return open_image(record["image"], exif=True)
@@ -221,6 +230,10 @@ def pixels_of(image_processor: Any) -> Callable[[Image.Image], np.ndarray]:
 
     Returns:
         RGB image -> float32 [H, W, C].
+
+    >>> halve = lambda images: {"pixel_values": [np.asarray(image) / 2 for image in images]}
+    >>> pixels_of(halve)(Image.new("RGB", (4, 3))).shape
+    (3, 4, 3)
     """
 
     def to_pixels(image: Image.Image) -> np.ndarray:

@@ -96,5 +96,9 @@ def digest(*parts: object) -> str:
 
 
 def as_path(value: str | Path) -> Path:
-    """A path given by the user, with `~` expanded."""
+    """A path given by the user, with `~` expanded.
+
+    >>> as_path("a/b").name
+    'b'
+    """
     return Path(value).expanduser()

@@ -27,6 +27,9 @@ class SyntheticData(DataConfig):
         words: words per caption.
         encoded: images are JPEG files in memory, so that decoding costs what it does with real ones.
         content_seed: chooses the contents.
+
+    >>> SyntheticData(image_size=32).examples("train")[3]["image"].size
+    (32, 32)
     """
 
     num_samples: int = 10_000

@@ -1,5 +1,10 @@
 import dataclasses
+import gc
 import json
+import subprocess
+import sys
+import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,6 +103,28 @@ def test_a_closed_iterator_goes_on_where_it_was():
     found += take(iterator, 2)
     iterator.close()
     assert_batches_equal(found, expected)
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_program_may_end_without_closing(threads):
+    code = (
+        "from tests.data.test_pipeline import augmented, build\n"
+        f"iterator = iter(build(augmented({threads})))\n"
+        "other = iter(build(augmented(2)))\n"
+        "next(iterator), next(other)\n"
+    )
+    root = Path(__file__).parents[2]
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_an_iterator_left_alone_is_collected():
+    iterator = iter(build(augmented(2)))
+    next(iterator)
+    reader, gone = iterator._reader, weakref.ref(iterator)
+    del iterator
+    gc.collect()
+    assert gone() is None and reader.rows is None
 
 
 def test_processes_make_the_rows_of_one_process():
