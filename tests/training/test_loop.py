@@ -22,31 +22,8 @@ from mmjax.errors import CheckpointError, ConfigError, DataError, TrainingError
 from mmjax.training import FROZEN, Constant, Experiment, Outcome, Stage, apply_overrides, train
 from mmjax.training import interrupts as interrupts_module
 from mmjax.training.interrupts import Interrupted
+from tests.training.runs import arrays_of, left_by
 from tests.training.toy import SquaredError, ToyBatches, ToyData, toy_experiment
-
-RECORDS = ("metrics.csv", "samples.csv")
-
-
-def arrays_of(checkpoint: Path) -> dict[str, bytes]:
-    """Every array of a checkpoint, as bytes, read without the trainer."""
-    import orbax.checkpoint as ocp
-
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        shapes = reader.metadata(checkpoint / ARRAYS).item_metadata.tree
-        numpy_args = {name: ocp.RestoreArgs(restore_type=np.ndarray) for name in shapes}
-        tree = reader.restore(checkpoint / ARRAYS, args=ocp.args.PyTreeRestore(restore_args=numpy_args))
-    return {name: np.asarray(x).tobytes() for name, x in tree.items()}
-
-
-def left_by(workdir: Path, name: str = "toy") -> dict[str, Any]:
-    """All that has to be equal between two runs: records, arrays and data state of the newest checkpoint."""
-    store = CheckpointStore(workdir / "checkpoints" / name)
-    step = store.newest(pytest.fail)
-    assert step is not None
-    state = {key: value for key, value in store.read_state(step).items() if key != "seconds"}
-    records = {file: (workdir / "output" / name / file).read_bytes() for file in RECORDS}
-    return {"step": step, "state": state, "arrays": arrays_of(store.path(step)), **records}
-
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
