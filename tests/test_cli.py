@@ -548,6 +548,16 @@ def test_embed_bad_input(fails, clip_folder, vit_folder, images, tmp_path):
     assert "No such file" in fault("--text-file", tmp_path / "none.txt")
 
 
+@pytest.mark.parametrize("command", ["zeroshot", "embed"])
+def test_embeddings_that_are_not_finite_are_refused(fails, clip_folder, images, tmp_path, command):
+    model, params, processor = mmjax.load(clip_folder)
+    params["visual_projection"]["kernel"] *= np.nan
+    mmjax.save(tmp_path / "nan", model, params, processor)
+    arguments = {"zeroshot": ["--labels", "a"], "embed": ["--out", tmp_path / "a.npz"]}[command]
+    line = fails(command, "--model", tmp_path / "nan", "--image", *images, *arguments)
+    assert line.endswith("nan: 2 of 2 image embeddings are not finite")
+
+
 # --- convert and info ---------------------------------------------------------------------------
 
 

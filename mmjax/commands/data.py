@@ -31,16 +31,29 @@ def embed_data(
 
     model, params, processor = opened
     with progress("images", len(examples)) as advance:
-        return embed_examples(
+        embeds, reading = embed_examples(
             model,
             params,
             processor.image_processor,
             examples,
             batch_size=options.batch_size,
             normalize=normalize,
-            max_broken=options.max_broken,
+            max_broken=getattr(options, "max_broken", 0.0),
             advance=advance,
         )
+    _check_finite(options, embeds, "image")
+    return embeds, reading
+
+
+def _check_finite(options: argparse.Namespace, embeds: Any, kind: str) -> None:
+    import numpy as np
+
+    from mmjax.errors import DataError
+
+    broken = int((~np.isfinite(embeds).all(axis=1)).sum())
+    if broken:
+        hint = "; float16 may be too small a range, try --dtype float32" if options.dtype == "float16" else ""
+        raise DataError(f"{options.model}: {broken} of {len(embeds)} {kind} embeddings are not finite{hint}")
 
 
 def embed_lines(
@@ -59,7 +72,9 @@ def embed_lines(
                 yield batch
                 advance(len(batch["input_ids"]))
 
-        return embed_texts(model, params, batches(), normalize=normalize)
+        embeds = embed_texts(model, params, batches(), normalize=normalize)
+    _check_finite(options, embeds, "text")
+    return embeds
 
 
 def counts(reading: Any) -> dict[str, Any]:

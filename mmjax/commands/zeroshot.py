@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from mmjax.commands.data import embed_data
 from mmjax.commands.models import open_model, require_dual
-from mmjax.commands.output import percent, print_json, print_table, progress
+from mmjax.commands.output import percent, print_json, print_table
 from mmjax.commands.parser import add_batch_size, add_json, add_model, positive_int
 
 _TEMPLATE = "a photo of {}"
@@ -55,7 +56,6 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _classify(options: argparse.Namespace, templates: list[str]) -> Any:
-    from mmjax.evaluation.reading import embed_examples
     from mmjax.evaluation.sources import image_files
     from mmjax.evaluation.zero_shot import fill_templates, zero_shot_classifier, zero_shot_classify
 
@@ -63,15 +63,7 @@ def _classify(options: argparse.Namespace, templates: list[str]) -> Any:
     fill_templates(options.labels, templates)
     model, params, processor = open_model(options.model, options.dtype, images=True, texts=True)
     require_dual(options.model, model, params)
-    with progress("images", len(examples)) as advance:
-        embeds, _ = embed_examples(
-            model,
-            params,
-            processor.image_processor,
-            examples,
-            batch_size=options.batch_size,
-            advance=advance,
-        )
+    embeds, _ = embed_data(options, (model, params, processor), examples)
     classifier = zero_shot_classifier(
         model, params, processor, options.labels, templates, batch_size=options.batch_size
     )

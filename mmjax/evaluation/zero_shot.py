@@ -171,7 +171,7 @@ def zero_shot_classify(params: Any, image_embeds: ArrayLike, classifier: ArrayLi
         ZeroShotScores with [N, C] arrays.
 
     Raises:
-        DataError: widths differ or the parameters hold no logit_scale.
+        DataError: widths differ, a number is not finite, or the parameters hold no logit_scale.
 
     Example:
         >>> scores = zero_shot_classify({"logit_scale": np.log(2.0)}, [[1.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]])
@@ -183,6 +183,10 @@ def zero_shot_classify(params: Any, image_embeds: ArrayLike, classifier: ArrayLi
         raise DataError(
             f"image embeddings {images.shape} and classifier {classes.shape} must share their width"
         )
+    for what, embeds in (("image embeddings", images), ("class embeddings", classes)):
+        broken = int((~np.isfinite(embeds).all(axis=1)).sum())
+        if broken:
+            raise DataError(f"{broken} of {len(embeds)} {what} are not finite")
     if "logit_scale" not in params:
         raise DataError("the parameters hold no logit_scale: zero-shot needs a model of images and texts")
     scale = np.exp(np.asarray(params["logit_scale"], np.float32)).reshape(())

@@ -115,5 +115,7 @@ def test_bad_names_and_templates(names, templates, message):
 def test_bad_scores():
     with pytest.raises(DataError, match="share their width"):
         zero_shot_classify({"logit_scale": 0.0}, np.zeros((2, 3)), np.zeros((2, 4)))
+    with pytest.raises(DataError, match="1 of 2 class embeddings are not finite"):
+        zero_shot_classify({"logit_scale": 0.0}, np.zeros((2, 3)), [[0, 0, 0], [0, np.nan, 0]])
     with pytest.raises(DataError, match="no logit_scale"):
         zero_shot_classify({}, np.zeros((2, 3)), np.zeros((2, 3)))
