@@ -1,4 +1,4 @@
-"""Turn images into model inputs, bit for bit as transformers' Pillow image processors do."""
+"""Images to model inputs, bit for bit as transformers' Pillow image processors with the same Pillow."""
 
 from __future__ import annotations
 
