@@ -1,6 +1,7 @@
 """Losses as pure functions of arrays."""
 
 from mmjax.losses.classification import cross_entropy, masked_l1
-from mmjax.losses.contrastive import infonce, sigmoid
+from mmjax.losses.info_nce import infonce
+from mmjax.losses.pairwise_sigmoid import sigmoid
 
 __all__ = ["cross_entropy", "infonce", "masked_l1", "sigmoid"]

@@ -1,0 +1,189 @@
+"""InfoNCE over all pairs of a batch, exact, with memory linear in the batch."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mmjax.losses.pairs import Plan, all_mean, all_sum, group_ids, make_plan, once_only, tile_dots, weighted
+from mmjax.losses.sweep import Axis, sweep, valid_pairs
+from mmjax.nn.functional import accumulator
+
+Array = jax.Array
+
+
+def infonce(
+    image_embeds: Array,
+    text_embeds: Array,
+    logit_scale: Array | float,
+    *,
+    groups: Array | None = None,
+    block_size: int | None = None,
+    mesh: Mesh | None = None,
+    axis: Axis = "data",
+) -> Array:
+    """Symmetric InfoNCE: row k of one side is the positive of row k of the other.
+
+    Exact for any N, in value and in the gradients of both embeddings and of the scale. Memory beyond the
+    inputs and their gradients is a few numbers per row and one tile. First derivatives only.
+
+    Args:
+        image_embeds: [N, D], of length 1.
+        text_embeds: [N, D], of length 1.
+        logit_scale: scalar, the multiplier itself (not its logarithm).
+        groups: int [N]; every text whose group is an image's is a positive of it, each with the same weight
+            (and the other way round). None: row k alone.
+        block_size: rows and columns of a tile; None means 1,024.
+        mesh: the embeddings are sharded over `axis` of this mesh; columns travel in a ring, and no device
+            ever holds all of a side. None: one device.
+        axis: mesh axis or axes of the embeddings' rows.
+
+    Returns:
+        Scalar in at least float32: the mean over N of the two cross-entropies' mean.
+
+    Raises:
+        ConfigError: impossible block size, or rows that the mesh axes cannot split evenly.
+
+    Source: Radford et al. 2021, figure 3; several positives as in Khosla et al. 2020, equation 2.
+
+    >>> float(infonce(jnp.eye(2), jnp.eye(2), 100.0))
+    0.0
+    """
+    plan = make_plan(image_embeds, text_embeds, block_size, mesh, axis)
+    scale = jnp.asarray(logit_scale, accumulator(image_embeds.dtype))
+    return _infonce(plan, image_embeds, text_embeds, scale, groups)
+
+
+def _extend(state: tuple[Array, Array], logits: Array, axis: int) -> tuple[Array, Array]:
+    """Running maximum and sum of exponentials, extended by a tile."""
+    highest, total = state
+    new = jnp.maximum(highest, logits.max(axis=axis))
+    # A row that is all padding so far has no maximum yet; any finite number will do.
+    finite = jnp.where(jnp.isfinite(new), new, 0)
+    return new, total * jnp.exp(highest - finite) + jnp.exp(logits - jnp.expand_dims(finite, axis)).sum(axis)
+
+
+def _infonce_value(
+    image: Array, text: Array, ids: Array | None, scale: Array, plan: Plan, axis: Axis | None
+) -> Any:
+    """The loss, and per row of each side: log-sum-exp, mean positive dot product, number of positives."""
+
+    def tile(row: Any, row_sums: Any, col: Any, col_sums: Any) -> tuple[Any, Any]:
+        dots = tile_dots(row, col)
+        logits = dots * scale
+        valid = valid_pairs(row, col)
+        if valid is not None:
+            logits = jnp.where(valid, logits, -jnp.inf)
+        out = []
+        for sums, dimension in ((row_sums, 1), (col_sums, 0)):
+            new = {"lse": _extend(sums["lse"], logits, dimension)}
+            if ids is not None:
+                same = row["group"][:, None] == col["group"][None, :]
+                same = same if valid is None else same & valid
+                new["positive"] = sums["positive"] + jnp.where(same, dots, 0).sum(dimension)
+                new["count"] = sums["count"] + same.sum(dimension).astype(dots.dtype)
+            out.append(new)
+        return out[0], out[1]
+
+    zero = jnp.zeros(image.shape[0], scale.dtype)
+    start: dict[str, Any] = {"lse": (jnp.full_like(zero, -jnp.inf), zero)}
+    rows, cols = {"x": image}, {"x": text}
+    if ids is not None:
+        start |= {"positive": zero, "count": zero}
+        rows, cols = {"x": image, "group": ids}, {"x": text, "group": ids}
+    sides = sweep(tile, rows, start, cols, start, block_size=plan.block_size, axis=axis)
+    diagonal = jnp.einsum("nd,nd->n", image, text, preferred_element_type=scale.dtype)
+    statistics = []
+    for sums in sides:
+        highest, total = sums["lse"]
+        count = sums["count"] if ids is not None else jnp.ones_like(zero)
+        positive = sums["positive"] / count if ids is not None else diagonal
+        statistics.append((highest + jnp.log(total), positive, count))
+    per_row = sum(lse - scale * positive for lse, positive, _ in statistics)
+    return all_mean(per_row / 2, axis), tuple(statistics)
+
+
+def _infonce_gradient(
+    image: Array,
+    text: Array,
+    groups: Array | None,
+    statistics: Any,
+    scale: Array,
+    share: Array,
+    plan: Plan,
+    axis: Axis | None,
+) -> Any:
+    """Gradients of both sides and of the scale; `share` is the weight of one row."""
+
+    ids = group_ids(groups, image.shape[0], axis)
+
+    def tile(row: Any, row_sums: Any, col: Any, col_sums: Any) -> tuple[Any, Any]:
+        dots = tile_dots(row, col)
+        logits = dots * scale
+        by_row = jnp.exp(logits - row["lse"][:, None])
+        by_col = jnp.exp(logits - col["lse"][None, :])
+        # Where a row has one positive, its probability minus one is the mass of all others, summed below:
+        # the subtraction itself would cancel when the model is right.
+        same = row["group"][:, None] == col["group"][None, :]
+        kept = ~(same & (row["count"] == 1)[:, None])
+        valid = valid_pairs(row, col)
+        kept = kept if valid is None else kept & valid
+        by_row, by_col = jnp.where(kept, by_row, 0), jnp.where(kept, by_col, 0)
+        moved = by_row * (dots - row["positive"][:, None]) + by_col * (dots - col["positive"][None, :])
+        weights = by_row + by_col - jnp.where(same & kept, 2 / row["count"][:, None], 0)
+        to_rows, to_cols = weighted(weights, row, col)
+        return {
+            "x": row_sums["x"] + to_rows,
+            "mass": row_sums["mass"] + by_row.sum(axis=1),
+            "scale": row_sums["scale"] + moved.sum(axis=1),
+        }, {"x": col_sums["x"] + to_cols, "mass": col_sums["mass"] + by_col.sum(axis=0)}
+
+    rows, cols = (
+        {"x": x, "lse": lse, "positive": positive, "count": number, "group": ids}
+        for x, (lse, positive, number) in zip((image, text), statistics, strict=True)
+    )
+    zeros = jnp.zeros(image.shape, scale.dtype)
+    start = {"x": zeros, "mass": zeros[:, 0]}
+    row_start = {**start, "scale": zeros[:, 0]}
+    row_sums, col_sums = sweep(tile, rows, row_start, cols, start, block_size=plan.block_size, axis=axis)
+    mass = jnp.where(rows["count"] == 1, row_sums["mass"] + col_sums["mass"], 0)[:, None]
+    to_image, to_text = row_sums["x"] - mass * text, col_sums["x"] - mass * image
+    to_scale = share * all_sum(row_sums["scale"], axis)
+    return (
+        (share * scale * to_image).astype(image.dtype),
+        (share * scale * to_text).astype(text.dtype),
+        to_scale,
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _infonce(plan: Plan, image: Array, text: Array, scale: Array, groups: Array | None) -> Array:
+    return _infonce_forward(plan, image, text, scale, groups)[0]
+
+
+def _infonce_forward(plan: Plan, image: Array, text: Array, scale: Array, groups: Array | None) -> Any:
+    def local(sharded: Any, whole: Any, axis: Axis | None) -> Any:
+        return _infonce_value(*sharded, *whole, plan=plan, axis=axis)
+
+    out = (False, ((True,) * 3,) * 2)
+    loss, statistics = plan.run(local, (image, text, groups), (scale,), out)
+    return loss, (image, text, scale, groups, statistics)
+
+
+def _infonce_backward(plan: Plan, saved: Any, cotangent: Array) -> Any:
+    image, text, scale, groups, statistics = saved
+    count = image.shape[0]
+
+    def local(sharded: Any, whole: Any, axis: Axis | None) -> Any:
+        scale, cotangent = whole
+        return _infonce_gradient(*sharded, scale, cotangent / (2 * count), plan=plan, axis=axis)
+
+    sharded = (image, text, groups, statistics)
+    return *once_only(plan.run(local, sharded, (scale, cotangent), (True, True, False))), None
+
+
+_infonce.defvjp(_infonce_forward, _infonce_backward)

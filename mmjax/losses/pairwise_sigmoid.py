@@ -1,0 +1,145 @@
+"""The pairwise sigmoid loss over all pairs of a batch, exact, with memory linear in the batch."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mmjax.losses.pairs import Plan, all_mean, all_sum, group_ids, make_plan, once_only, tile_dots, weighted
+from mmjax.losses.sweep import Axis, sweep, valid_pairs
+from mmjax.nn.functional import accumulator
+
+Array = jax.Array
+
+
+def sigmoid(
+    image_embeds: Array,
+    text_embeds: Array,
+    logit_scale: Array | float,
+    logit_bias: Array | float,
+    *,
+    groups: Array | None = None,
+    block_size: int | None = None,
+    mesh: Mesh | None = None,
+    axis: Axis = "data",
+) -> Array:
+    """Pairwise sigmoid loss: every pair is its own yes-or-no question.
+
+    Exact for any N, in value and in the gradients of both embeddings, the scale and the bias, with the
+    memory of `infonce`. First derivatives only.
+
+    Args:
+        image_embeds: [N, D], of length 1.
+        text_embeds: [N, D], of length 1.
+        logit_scale: scalar, the multiplier itself (not its logarithm).
+        logit_bias: scalar, added to every similarity.
+        groups: int [N]; pairs of one group are positives. None: row k with row k.
+        block_size, mesh, axis: as in `infonce`.
+
+    Returns:
+        Scalar in at least float32: the sum over the N x N pairs, divided by N.
+
+    Raises:
+        ConfigError: as `infonce`.
+
+    Source: Zhai et al. 2023, algorithm 1.
+
+    >>> round(float(sigmoid(jnp.eye(1), jnp.eye(1), 0.0, 0.0)), 4)
+    0.6931
+    """
+    plan = make_plan(image_embeds, text_embeds, block_size, mesh, axis)
+    dtype = accumulator(image_embeds.dtype)
+    scale, bias = jnp.asarray(logit_scale, dtype), jnp.asarray(logit_bias, dtype)
+    return _sigmoid(plan, image_embeds, text_embeds, scale, bias, groups)
+
+
+def _signs(row: dict[str, Array], col: dict[str, Array], dtype: Any) -> Array:
+    return jnp.where(row["group"][:, None] == col["group"][None, :], 1, -1).astype(dtype)
+
+
+def _sigmoid_value(
+    image: Array, text: Array, groups: Array | None, scale: Array, bias: Array, plan: Plan, axis: Axis | None
+) -> Array:
+    ids = group_ids(groups, image.shape[0], axis)
+
+    def tile(row: Any, row_sums: Any, col: Any, col_sums: Any) -> tuple[Any, Any]:
+        logits = tile_dots(row, col) * scale + bias
+        losses = jax.nn.softplus(-_signs(row, col, logits.dtype) * logits)
+        valid = valid_pairs(row, col)
+        losses = losses if valid is None else jnp.where(valid, losses, 0)
+        return row_sums + losses.sum(axis=1), col_sums
+
+    zero = jnp.zeros(image.shape[0], scale.dtype)
+    rows, cols = ({"x": x, "group": ids} for x in (image, text))
+    row_sums, _ = sweep(tile, rows, zero, cols, zero, block_size=plan.block_size, axis=axis)
+    return all_mean(row_sums, axis)
+
+
+def _sigmoid_gradient(
+    image: Array,
+    text: Array,
+    groups: Array | None,
+    scale: Array,
+    bias: Array,
+    share: Array,
+    plan: Plan,
+    axis: Axis | None,
+) -> Any:
+    ids = group_ids(groups, image.shape[0], axis)
+
+    def tile(row: Any, row_sums: Any, col: Any, col_sums: Any) -> tuple[Any, Any]:
+        dots = tile_dots(row, col)
+        signs = _signs(row, col, dots.dtype)
+        weights = -signs * jax.nn.sigmoid(-signs * (dots * scale + bias))
+        valid = valid_pairs(row, col)
+        weights = weights if valid is None else jnp.where(valid, weights, 0)
+        to_rows, to_cols = weighted(weights, row, col)
+        sums = {
+            "x": row_sums["x"] + to_rows,
+            "scale": row_sums["scale"] + (weights * dots).sum(axis=1),
+            "bias": row_sums["bias"] + weights.sum(axis=1),
+        }
+        return sums, {"x": col_sums["x"] + to_cols}
+
+    zeros = jnp.zeros(image.shape, scale.dtype)
+    rows, cols = ({"x": x, "group": ids} for x in (image, text))
+    start = {"x": zeros, "scale": zeros[:, 0], "bias": zeros[:, 0]}
+    row_sums, col_sums = sweep(tile, rows, start, cols, {"x": zeros}, block_size=plan.block_size, axis=axis)
+    return (
+        (share * scale * row_sums["x"]).astype(image.dtype),
+        (share * scale * col_sums["x"]).astype(text.dtype),
+        share * all_sum(row_sums["scale"], axis),
+        share * all_sum(row_sums["bias"], axis),
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sigmoid(plan: Plan, image: Array, text: Array, scale: Array, bias: Array, groups: Array | None) -> Array:
+    def local(sharded: Any, whole: Any, axis: Axis | None) -> Any:
+        return _sigmoid_value(*sharded, *whole, plan=plan, axis=axis)
+
+    return plan.run(local, (image, text, groups), (scale, bias), False)
+
+
+def _sigmoid_forward(plan: Plan, *arguments: Any) -> tuple[Array, Any]:
+    return _sigmoid(plan, *arguments), arguments
+
+
+def _sigmoid_backward(plan: Plan, saved: Any, cotangent: Array) -> Any:
+    image, text, scale, bias, groups = saved
+    count = image.shape[0]
+
+    def local(sharded: Any, whole: Any, axis: Axis | None) -> Any:
+        *multipliers, cotangent = whole
+        return _sigmoid_gradient(*sharded, *multipliers, cotangent / count, plan=plan, axis=axis)
+
+    out = (True, True, False, False)
+    grads = plan.run(local, (image, text, groups), (scale, bias, cotangent), out)
+    return *once_only(grads), None
+
+
+_sigmoid.defvjp(_sigmoid_forward, _sigmoid_backward)
