@@ -167,7 +167,8 @@ def _infonce(plan: Plan, image: Array, text: Array, scale: Array, groups: Array 
 
 def _infonce_forward(plan: Plan, image: Array, text: Array, scale: Array, groups: Array | None) -> Any:
     def local(sharded: Any, whole: Any, axis: Axis | None) -> Any:
-        return _infonce_value(*sharded, *whole, plan=plan, axis=axis)
+        image, text, groups = sharded
+        return _infonce_value(image, text, groups, whole[0], plan, axis)
 
     out = (False, ((True,) * 3,) * 2)
     loss, statistics = plan.run(local, (image, text, groups), (scale,), out)
@@ -179,8 +180,10 @@ def _infonce_backward(plan: Plan, saved: Any, cotangent: Array) -> Any:
     count = image.shape[0]
 
     def local(sharded: Any, whole: Any, axis: Axis | None) -> Any:
+        image, text, groups, statistics = sharded
         scale, cotangent = whole
-        return _infonce_gradient(*sharded, scale, cotangent / (2 * count), plan=plan, axis=axis)
+        share = cotangent / (2 * count)
+        return _infonce_gradient(image, text, groups, statistics, scale, share, plan, axis)
 
     sharded = (image, text, groups, statistics)
     return *once_only(plan.run(local, sharded, (scale, cotangent), (True, True, False))), None

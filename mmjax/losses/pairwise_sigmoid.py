@@ -120,7 +120,9 @@ def _sigmoid_gradient(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sigmoid(plan: Plan, image: Array, text: Array, scale: Array, bias: Array, groups: Array | None) -> Array:
     def local(sharded: Any, whole: Any, axis: Axis | None) -> Any:
-        return _sigmoid_value(*sharded, *whole, plan=plan, axis=axis)
+        image, text, groups = sharded
+        scale, bias = whole
+        return _sigmoid_value(image, text, groups, scale, bias, plan, axis)
 
     return plan.run(local, (image, text, groups), (scale, bias), False)
 
@@ -134,8 +136,9 @@ def _sigmoid_backward(plan: Plan, saved: Any, cotangent: Array) -> Any:
     count = image.shape[0]
 
     def local(sharded: Any, whole: Any, axis: Axis | None) -> Any:
-        *multipliers, cotangent = whole
-        return _sigmoid_gradient(*sharded, *multipliers, cotangent / count, plan=plan, axis=axis)
+        image, text, groups = sharded
+        scale, bias, cotangent = whole
+        return _sigmoid_gradient(image, text, groups, scale, bias, cotangent / count, plan, axis)
 
     out = (True, True, False, False)
     grads = plan.run(local, (image, text, groups), (scale, bias, cotangent), out)
