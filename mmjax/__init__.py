@@ -1,30 +1,47 @@
 """Vision-language systems in JAX, as pure functions.
 
-Names are imported on first use, so that ``import mmjax`` costs little more than jax and flax.
+Names are imported on first use, so that `import mmjax` costs little more than jax and flax.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mmjax.lazy import attach
 
 if TYPE_CHECKING:
+    from mmjax import (
+        checkpoints,
+        data,
+        errors,
+        evaluation,
+        language,
+        losses,
+        models,
+        nn,
+        parallel,
+        training,
+        vision,
+    )
     from mmjax.models.hub import load, save
 
 __version__ = "0.1.0"
-__all__ = ["load", "losses", "save"]
 
-_FUNCTIONS = {"load": "mmjax.models.hub", "save": "mmjax.models.hub"}
-_ROOMS = ("checkpoints", "data", "evaluation", "language", "losses", "models", "nn", "parallel", "training", "vision")
-
-
-def __getattr__(name: str) -> Any:
-    if name in _FUNCTIONS:
-        return getattr(importlib.import_module(_FUNCTIONS[name]), name)
-    if name in _ROOMS:
-        return importlib.import_module(f"mmjax.{name}")
-    raise AttributeError(f"module 'mmjax' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_FUNCTIONS, *_ROOMS})
+__all__ = [
+    "checkpoints",
+    "data",
+    "errors",
+    "evaluation",
+    "language",
+    "load",
+    "losses",
+    "models",
+    "nn",
+    "parallel",
+    "save",
+    "training",
+    "vision",
+]
+_FUNCTIONS = ("load", "save")
+_ROOMS = {name: () for name in __all__ if name not in _FUNCTIONS}
+__getattr__, __dir__ = attach(__name__, {"models.hub": _FUNCTIONS, **_ROOMS})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mmjax.lazy import attach
 
 if TYPE_CHECKING:
     from mmjax.data.captions import CaptionsData
@@ -29,7 +30,7 @@ _HOMES = {
     "synthetic": ("SyntheticData",),
     "webdataset": ("WebDatasetData",),
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+__getattr__, __dir__ = attach(__name__, _HOMES)
 
 __all__ = [
     "DIGIT_NAMES",
@@ -52,13 +53,3 @@ __all__ = [
     "check_faults",
     "fault_counts",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOME_OF:
-        return getattr(importlib.import_module(f"mmjax.data.{_HOME_OF[name]}"), name)
-    raise AttributeError(f"module 'mmjax.data' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME_OF})

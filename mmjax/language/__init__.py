@@ -1,6 +1,19 @@
 """Brains and text encoders, tokenizers."""
 
-from mmjax.language.config import TextConfig
-from mmjax.language.text_encoder import TextOutput, TextTransformer
+from typing import TYPE_CHECKING
 
-__all__ = ["TextConfig", "TextOutput", "TextTransformer"]
+from mmjax.lazy import attach
+
+if TYPE_CHECKING:
+    from mmjax.language.config import TextConfig
+    from mmjax.language.text_encoder import TextOutput, TextTransformer
+    from mmjax.language.tokenizer import Tokenizer, train_clip_tokenizer
+
+_HOMES = {
+    "config": ("TextConfig",),
+    "text_encoder": ("TextOutput", "TextTransformer"),
+    "tokenizer": ("Tokenizer", "train_clip_tokenizer"),
+}
+__getattr__, __dir__ = attach(__name__, _HOMES)
+
+__all__ = ["TextConfig", "TextOutput", "TextTransformer", "Tokenizer", "train_clip_tokenizer"]
