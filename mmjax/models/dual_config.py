@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from mmjax.errors import ConfigError
-from mmjax.models.hub_config import ConfigTable, build, merge, read_labels
+from mmjax.models.hub_config import ConfigTable, build, read_labels, write_labels
 from mmjax.models.labels import check_labels
 
 TEXT_FIELDS: Mapping[str, str] = {
@@ -46,6 +46,12 @@ LABELS: Mapping[str, str] = {
     "label2id": "the inverse of id2label",
     "num_labels": "read as labels where there is a classifier",
     "num_choices": "multiple choice only",
+}
+SECTIONS: Mapping[str, str] = {
+    "vision_config": "read as a section",
+    "text_config": "read as a section",
+    "vision_config_dict": "read over its section",
+    "text_config_dict": "read over its section",
 }
 
 
@@ -89,29 +95,47 @@ def section(hub: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
     return merged
 
 
-def read_sections(
-    hub: Mapping[str, Any],
-    where: str,
-    *,
-    dual: tuple[type, ConfigTable],
-    vision: tuple[type, ConfigTable],
-    text: tuple[type, ConfigTable],
-) -> Any:
-    """A dual encoder's config from its hub config."""
-    cls, table = dual
-    towers = {}
-    for name, (tower_cls, tower_table) in (("vision_config", vision), ("text_config", text)):
-        part = f"{where} {name}"
-        towers[name] = build(tower_cls, tower_table.read(section(hub, name, where), part), part)
-    labels = read_labels(hub, where)
-    values = table.read(hub, where)
-    return build(
-        cls,
-        {**values, **towers, "labels": labels, "num_labels": len(labels), "hub": json.dumps(dict(hub))},
-        where,
-    )
+@dataclasses.dataclass(frozen=True)
+class DualTables:
+    """A family's three config classes with their tables; makes both directions of `Family`.
 
+    Attributes:
+        model_type: of the joint model; its towers are <model_type>_vision_model and <model_type>_text_model.
+        dual, vision, text: (config class, its table).
+    """
 
-def write_section(config: Any, table: ConfigTable, model_type: str) -> dict[str, Any]:
-    """A tower's section, with what was read and changes nothing."""
-    return merge(config.hub, {**table.write(config), "model_type": model_type})
+    model_type: str
+    dual: tuple[type, ConfigTable]
+    vision: tuple[type, ConfigTable]
+    text: tuple[type, ConfigTable]
+
+    def read(self, hub: Mapping[str, Any], architecture: str, names: Set[str], where: str) -> Any:
+        """The joint config, or one tower's for the tower architectures."""
+        joint = hub["model_type"] == self.model_type
+        for kind in ("vision", "text"):
+            if kind.capitalize() in architecture:
+                part = section(hub, f"{kind}_config", where) if joint else hub
+                cls, table = getattr(self, kind)
+                return build(cls, {**table.read(part, where), "hub": json.dumps(dict(part))}, where)
+        towers = {}
+        for kind in ("vision", "text"):
+            (cls, table), name = getattr(self, kind), f"{kind}_config"
+            place = f"{where} {name}"
+            towers[name] = build(cls, table.read(section(hub, name, where), place), place)
+        (cls, table), labels = self.dual, read_labels(hub, where)
+        own = {"labels": labels, "num_labels": len(labels), "hub": json.dumps(dict(hub))}
+        return build(cls, {**table.read(hub, where), **towers, **own}, where)
+
+    def write(self, config: Any, architecture: str) -> dict[str, Any]:
+        """Hub attributes of a joint or a tower's config."""
+        towers = {}
+        for kind in ("vision", "text"):
+            cls, table = getattr(self, kind)
+            tower = config if isinstance(config, cls) else getattr(config, f"{kind}_config", None)
+            if tower is not None:
+                towers[kind] = {**table.write(tower), "model_type": f"{self.model_type}_{kind}_model"}
+        if not isinstance(config, self.dual[0]):
+            return next(iter(towers.values()))
+        hub = {**self.dual[1].write(config), "model_type": self.model_type}
+        hub |= {f"{kind}_config": value for kind, value in towers.items()}
+        return hub | (write_labels(getattr(config, "labels", ())) if "Classification" in architecture else {})

@@ -1,6 +1,6 @@
 """CLIP (Radford et al. 2021)."""
 
-from mmjax.models.clip.config import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, read_config, write_config
+from mmjax.models.clip.config import TABLES, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 from mmjax.models.clip.model import (
     CLIPForImageClassification,
     CLIPModel,
@@ -24,8 +24,8 @@ FAMILY = Family(
             CLIPForImageClassification,
         )
     },
-    read_config=read_config,
-    write_config=write_config,
+    read_config=TABLES.read,
+    write_config=TABLES.write,
     rules=rules,
 )
 

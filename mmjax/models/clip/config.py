@@ -3,21 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping, Set
-from typing import Any, Literal
+from typing import Literal
 
 from mmjax.language.config import TextConfig
-from mmjax.models.dual_config import (
-    LABELS,
-    TEXT_FIELDS,
-    VISION_FIELDS,
-    DualConfig,
-    read_sections,
-    section,
-    write_section,
-)
-from mmjax.models.hub_config import ConfigTable, build, write_labels
+from mmjax.models.dual_config import LABELS, SECTIONS, TEXT_FIELDS, VISION_FIELDS, DualConfig, DualTables
+from mmjax.models.hub_config import ConfigTable
 from mmjax.nn.config import check_positive
 from mmjax.vision.config import Pooling, VisionConfig
 
@@ -108,35 +98,14 @@ DUAL = ConfigTable(
     },
     ignored={
         **LABELS,
-        **{name: "read as a section" for name in ("vision_config", "text_config")},
-        **{name: "read over its section" for name in ("vision_config_dict", "text_config_dict")},
+        **SECTIONS,
     },
 )
 
 
-def read_config(hub: Mapping[str, Any], architecture: str, names: Set[str], where: str) -> Any:
-    """CLIPConfig, or one tower's config for the tower architectures."""
-    for kind, cls, table in (("Vision", CLIPVisionConfig, VISION), ("Text", CLIPTextConfig, TEXT)):
-        if kind in architecture:
-            part = section(hub, f"{kind.lower()}_config", where) if hub["model_type"] == "clip" else hub
-            return build(cls, {**table.read(part, where), "hub": json.dumps(dict(part))}, where)
-    return read_sections(
-        hub, where, dual=(CLIPConfig, DUAL), vision=(CLIPVisionConfig, VISION), text=(CLIPTextConfig, TEXT)
-    )
-
-
-def write_config(config: Any, architecture: str) -> dict[str, Any]:
-    """Hub attributes of a CLIP config."""
-    if isinstance(config, CLIPVisionConfig):
-        return {**VISION.write(config), "model_type": "clip_vision_model"}
-    if isinstance(config, CLIPTextConfig):
-        return {**TEXT.write(config), "model_type": "clip_text_model"}
-    hub = {
-        **DUAL.write(config),
-        "model_type": "clip",
-        "vision_config": write_section(config.vision_config, VISION, "clip_vision_model"),
-        "text_config": write_section(config.text_config, TEXT, "clip_text_model"),
-    }
-    if architecture == "CLIPForImageClassification":
-        hub |= write_labels(config.labels or ())
-    return hub
+TABLES = DualTables(
+    "clip",
+    dual=(CLIPConfig, DUAL),
+    vision=(CLIPVisionConfig, VISION),
+    text=(CLIPTextConfig, TEXT),
+)

@@ -2,11 +2,10 @@
 
 from mmjax.models.family import Family
 from mmjax.models.siglip.config import (
+    TABLES,
     SiglipConfig,
     SiglipTextConfig,
     SiglipVisionConfig,
-    read_config,
-    write_config,
 )
 from mmjax.models.siglip.model import (
     SiglipForImageClassification,
@@ -21,8 +20,8 @@ FAMILY = Family(
         cls.__name__: cls
         for cls in (SiglipModel, SiglipVisionModel, SiglipTextModel, SiglipForImageClassification)
     },
-    read_config=read_config,
-    write_config=write_config,
+    read_config=TABLES.read,
+    write_config=TABLES.write,
     rules=rules,
 )
 

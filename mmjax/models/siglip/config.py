@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from mmjax.errors import ConfigError
 from mmjax.language.config import TextConfig
-from mmjax.models.dual_config import (
-    LABELS,
-    TEXT_FIELDS,
-    VISION_FIELDS,
-    DualConfig,
-    read_sections,
-    section,
-    write_section,
-)
-from mmjax.models.hub_config import ConfigTable, build, write_labels
+from mmjax.models.dual_config import LABELS, SECTIONS, TEXT_FIELDS, VISION_FIELDS, DualConfig, DualTables
+from mmjax.models.hub_config import ConfigTable
 from mmjax.vision.config import Pooling, VisionConfig
 
 
@@ -110,39 +101,14 @@ DUAL = ConfigTable(
     fields={"initializer_factor": "initializer_factor"},
     ignored={
         **_IGNORED,
-        **{name: "read as a section" for name in ("vision_config", "text_config")},
-        **{name: "read over its section" for name in ("vision_config_dict", "text_config_dict")},
+        **SECTIONS,
     },
 )
 
 
-def read_config(hub: Mapping[str, Any], architecture: str, names: Set[str], where: str) -> Any:
-    """SiglipConfig, or one tower's config for the tower architectures."""
-    for kind, cls, table in (("Vision", SiglipVisionConfig, VISION), ("Text", SiglipTextConfig, TEXT)):
-        if kind in architecture:
-            part = section(hub, f"{kind.lower()}_config", where) if hub["model_type"] == "siglip" else hub
-            return build(cls, {**table.read(part, where), "hub": json.dumps(dict(part))}, where)
-    return read_sections(
-        hub,
-        where,
-        dual=(SiglipConfig, DUAL),
-        vision=(SiglipVisionConfig, VISION),
-        text=(SiglipTextConfig, TEXT),
-    )
-
-
-def write_config(config: Any, architecture: str) -> dict[str, Any]:
-    """Hub attributes of a SigLIP config."""
-    if isinstance(config, SiglipVisionConfig):
-        return {**VISION.write(config), "model_type": "siglip_vision_model"}
-    if isinstance(config, SiglipTextConfig):
-        return {**TEXT.write(config), "model_type": "siglip_text_model"}
-    hub = {
-        **DUAL.write(config),
-        "model_type": "siglip",
-        "vision_config": write_section(config.vision_config, VISION, "siglip_vision_model"),
-        "text_config": write_section(config.text_config, TEXT, "siglip_text_model"),
-    }
-    if architecture == "SiglipForImageClassification":
-        hub |= write_labels(config.labels or ())
-    return hub
+TABLES = DualTables(
+    "siglip",
+    dual=(SiglipConfig, DUAL),
+    vision=(SiglipVisionConfig, VISION),
+    text=(SiglipTextConfig, TEXT),
+)
