@@ -5,9 +5,15 @@ from __future__ import annotations
 import difflib
 import importlib
 import os
+import signal
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
 
 from mmjax.commands import COMMANDS
 from mmjax.commands.output import printable
@@ -17,6 +23,7 @@ from mmjax.errors import MmjaxError
 _MODULES = {name: f"mmjax.commands.{'evaluate' if name == 'eval' else name}" for name in COMMANDS}
 _INTERRUPTED, _BROKEN_PIPE = 128 + 2, 128 + 13
 _LONGEST_LINE = 400
+_LONGEST_WAIT = 3.0
 
 
 def _epilog() -> str:
@@ -102,6 +109,60 @@ def _leave_pipe() -> None:
     os.close(nowhere)
 
 
+def _importing(frame: FrameType | None) -> bool:
+    """Whether an import is under way in this frame or one of its callers."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+@contextmanager
+def _interrupts() -> Iterator[list[float]]:
+    """Note every Ctrl-C, and deliver those again that got lost.
+
+    Python raises KeyboardInterrupt wherever the main thread happens to be. In a callback of the garbage
+    collector (jax has one) it is printed and forgotten; while a module in C is imported it can crash the
+    process. So it waits for imports to end, for a few seconds at most, and comes again when forgotten.
+
+    Yields:
+        The times at which signals came, in seconds.
+    """
+    seen: list[float] = []
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield seen  # somebody else takes care of Ctrl-C
+        return
+    running = True
+    print_unraisable = sys.unraisablehook
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.append(time.monotonic())
+        if not (_importing(frame) and seen[-1] - seen[0] < _LONGEST_WAIT):
+            raise KeyboardInterrupt
+        come_again()
+
+    def come_again() -> None:
+        # From a thread and a little later: here it would be lost once more.
+        threading.Timer(0.05, lambda: signal.raise_signal(signal.SIGINT) if running else None).start()
+
+    def forgotten(problem: Any) -> None:
+        if isinstance(problem.exc_value, KeyboardInterrupt):
+            come_again()
+        else:
+            print_unraisable(problem)
+
+    signal.signal(signal.SIGINT, note)
+    sys.unraisablehook = forgotten
+    try:
+        yield seen
+    finally:
+        running = False
+        sys.unraisablehook = print_unraisable
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `mmjax` with the given arguments.
 
@@ -122,9 +183,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         # A label that the terminal's encoding lacks is escaped rather than fatal.
         sys.stdout.reconfigure(errors="backslashreplace")
+    with _interrupts() as interrupts:
+        return _run([argument for argument in arguments if argument != "--debug"], debug, interrupts)
+
+
+def _run(arguments: list[str], debug: bool, interrupts: list[float]) -> int:
+    """Run one command line and report how it failed, if it did: the exit code."""
     try:
         try:
-            code = _dispatch([argument for argument in arguments if argument != "--debug"], debug)
+            code = _dispatch(arguments, debug)
         except SystemExit as end:  # argparse leaves this way after --help
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
         sys.stdout.flush()
@@ -140,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        message, code = _explain(error)
+        message, code = ("interrupted", _INTERRUPTED) if interrupts else _explain(error)
         print(f"error: {message}", file=sys.stderr)
         return code
 

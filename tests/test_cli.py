@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import csv
+import gc
+import importlib
 import io
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import threading
 from pathlib import Path
 
 import jax
@@ -261,6 +265,47 @@ def test_failures_are_one_line(fails, run, monkeypatch, raised, code, message):
     assert fails("info", code=code).startswith(message)
     found, out, err = run("info", "--debug")
     assert (found, out) == (code, "") and err.startswith("Traceback") and "boom" in err
+
+
+def test_an_interrupt_that_the_garbage_collector_swallows_comes_again(fails, monkeypatch):
+    def collect(phase, details):
+        if phase == "start":
+            gc.callbacks.remove(collect)
+            signal.raise_signal(signal.SIGINT)
+
+    def work(arguments, debug):
+        gc.callbacks.append(collect)
+        gc.collect()
+        threading.Event().wait(30)
+
+    monkeypatch.setattr(cli, "_dispatch", work)
+    assert fails("info", code=130) == "interrupted"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_waits_for_an_import_to_end(fails, monkeypatch, tmp_path):
+    (tmp_path / "slow_module_of_a_test.py").write_text(
+        "import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(0.2)\nDONE = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def work(arguments, debug):
+        assert importlib.import_module("slow_module_of_a_test").DONE
+        threading.Event().wait(30)
+
+    monkeypatch.setattr(cli, "_dispatch", work)
+    assert fails("info", code=130) == "interrupted"
+
+
+def test_an_interrupt_in_disguise_is_still_one(fails, monkeypatch):
+    def work(arguments, debug):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("while initializing the extension") from None
+
+    monkeypatch.setattr(cli, "_dispatch", work)
+    assert fails("info", code=130) == "interrupted"
 
 
 def test_lists_of_faults_keep_their_lines(run, monkeypatch):
