@@ -28,7 +28,7 @@ WORDS = 16
 
 def experiment() -> Experiment:
     """The experiment that `mmjax train` runs."""
-    tower = {"hidden_act": "gelu", "num_attention_heads": 4}
+    tower: dict[str, Any] = {"hidden_act": "gelu", "num_attention_heads": 4}
     vision = CLIPVisionConfig(
         image_size=IMAGE_SIZE,
         patch_size=4,
@@ -127,7 +127,8 @@ def draw_preview(outcome: Outcome, path: Path) -> None:
         fontsize=15,
         fontweight="bold",
     )
-    left, right = figure.subfigures(1, 2, width_ratios=(1.35, 1))
+    halves: Any = figure.subfigures(1, 2, width_ratios=(1.35, 1))
+    left, right = halves
     _draw_images(left, outcome, predicted, confidence, truth)
     upper, lower = right.subplots(2, 1, height_ratios=(1, 1.5))
     _draw_loss(upper, outcome)

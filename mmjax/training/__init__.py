@@ -1,15 +1,21 @@
-"""The trainer: experiments as frozen data, stages, the step, the loop."""
+"""The trainer: experiments as frozen data, stages, the step, the loop; names are imported on first use."""
 
-from mmjax.training.experiment import Experiment, Stage, Train
-from mmjax.training.loop import train
-from mmjax.training.optimizer import Rule
-from mmjax.training.outcome import Outcome, export_hub, read_metrics
-from mmjax.training.overrides import apply_overrides
-from mmjax.training.schedules import FROZEN, Constant, Cosine, Linear
-from mmjax.training.source import FromConfig, FromFolder
-from mmjax.training.state import TrainState, create_state
-from mmjax.training.step import Task, make_train_step
-from mmjax.training.tasks import Classification, Contrastive, MaskedImage, Sigmoid
+from typing import TYPE_CHECKING
+
+from mmjax.lazy import attach
+
+if TYPE_CHECKING:
+    from mmjax.training.experiment import Experiment, Stage, Train
+    from mmjax.training.interrupts import Interrupted
+    from mmjax.training.loop import train
+    from mmjax.training.optimizer import Rule, make_optimizer
+    from mmjax.training.outcome import Outcome, export_hub, read_metrics
+    from mmjax.training.overrides import apply_overrides
+    from mmjax.training.schedules import FROZEN, Constant, Cosine, Linear
+    from mmjax.training.source import FromConfig, FromFolder
+    from mmjax.training.state import TrainState, create_state, flatten, merge
+    from mmjax.training.step import Task, make_train_step
+    from mmjax.training.tasks import Classification, Contrastive, MaskedImage, Sigmoid
 
 __all__ = [
     "FROZEN",
@@ -20,6 +26,7 @@ __all__ = [
     "Experiment",
     "FromConfig",
     "FromFolder",
+    "Interrupted",
     "Linear",
     "MaskedImage",
     "Outcome",
@@ -32,7 +39,26 @@ __all__ = [
     "apply_overrides",
     "create_state",
     "export_hub",
+    "flatten",
+    "make_optimizer",
     "make_train_step",
+    "merge",
     "read_metrics",
     "train",
 ]
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "experiment": ("Experiment", "Stage", "Train"),
+        "interrupts": ("Interrupted",),
+        "loop": ("train",),
+        "optimizer": ("Rule", "make_optimizer"),
+        "outcome": ("Outcome", "export_hub", "read_metrics"),
+        "overrides": ("apply_overrides",),
+        "schedules": ("FROZEN", "Constant", "Cosine", "Linear"),
+        "source": ("FromConfig", "FromFolder"),
+        "state": ("TrainState", "create_state", "flatten", "merge"),
+        "step": ("Task", "make_train_step"),
+        "tasks": ("Classification", "Contrastive", "MaskedImage", "Sigmoid"),
+    },
+)

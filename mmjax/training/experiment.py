@@ -95,13 +95,13 @@ class Stage:
 
     >>> from mmjax.training.schedules import FROZEN, Cosine
     >>> stage = Stage(name="align", loss=max, rules=(("eyes/.*", FROZEN), (".*", Cosine(peak=1e-3))))
-    >>> stage.rules[0].schedule
-    FROZEN
+    >>> stage.rules[0]
+    Rule(pattern='eyes/.*', schedule=FROZEN)
     """
 
     name: str
     loss: Callable[..., Any]
-    rules: tuple[Rule, ...]
+    rules: tuple[Rule | tuple[str, Schedule | Frozen], ...]
     data: Any = None
     steps: int | None = None
     batch_size: int | None = None

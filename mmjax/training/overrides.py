@@ -157,7 +157,7 @@ def _find(children: Mapping[Any, Any], name: str, owner: Any, prefix: str) -> An
         known = [str(known) for known in [*children, *named] if known is not None]
     else:
         known = [str(known) for known in children]
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
     hint = f"did you mean {' or '.join(close)}?" if close else f"it has: {', '.join(known) or 'nothing'}"
     where = prefix.rstrip(".") or type(owner).__name__
     raise ConfigError(f"--{prefix}{name}: {where} has no {name!r}; {hint}")

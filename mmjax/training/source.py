@@ -69,7 +69,9 @@ class FromConfig:
             processor=processor,
             shapes=shapes,
             shardings=shardings,
-            params=lambda: dict(jax.jit(init, out_shardings=shardings)(key)),
+            params=lambda: dict(
+                jax.jit(init, out_shardings=shardings, compiler_options=_quick_to_compile(mesh))(key)
+            ),
         )
 
 
@@ -106,6 +108,11 @@ class FromFolder:
             shardings=_shardings(model, mesh, flat),
             params=lambda: flat,
         )
+
+
+def _quick_to_compile(mesh: Mesh) -> dict[str, int]:
+    """A program that runs once: on a CPU, optimising it takes seconds and saves none."""
+    return {"xla_backend_optimization_level": 1} if mesh.devices.flat[0].platform == "cpu" else {}
 
 
 # Configs from before the field was right say 2; pooling then takes the largest id of a row.

@@ -15,7 +15,7 @@ from mmjax.checkpoints.training import CheckpointStore
 from mmjax.errors import ConfigError, TrainingError
 from mmjax.parallel import BATCH_AXES, batch_sharding, replicated
 from mmjax.training.experiment import Experiment, Stage, Train
-from mmjax.training.optimizer import label_parameters, make_optimizer, trained_rules
+from mmjax.training.optimizer import Rule, label_parameters, make_optimizer, trained_rules
 from mmjax.training.source import OpenedModel
 from mmjax.training.state import (
     TrainState,
@@ -69,8 +69,9 @@ class StageRun:
         self.settings: Train = experiment.settings(self.stage)
         self.mesh = mesh
         self._check_batch()
-        labels = label_parameters(opened.shapes, self.stage.rules, self.stage.name)
-        rules = trained_rules(self.stage.rules)
+        all_rules = [Rule(*rule) for rule in self.stage.rules]
+        labels = label_parameters(opened.shapes, all_rules, self.stage.name)
+        rules = trained_rules(all_rules)
         self.trained = frozenset(path for path, label in labels.items() if label in rules)
         if not self.trained:
             raise ConfigError(f"stage {self.stage.name!r}: every parameter is frozen, nothing would train")
@@ -89,7 +90,7 @@ class StageRun:
         self.shapes: TrainState = shapes
         self.shardings = state_shardings(shapes, opened.shardings, mesh)
         names = {
-            index: "learning_rate" if len(rules) == 1 else f"learning_rate {self.stage.rules[index].pattern}"
+            index: "learning_rate" if len(rules) == 1 else f"learning_rate {all_rules[index].pattern}"
             for index in rules
         }
         self._step = jax.jit(

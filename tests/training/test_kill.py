@@ -80,25 +80,28 @@ def writing(workdir: Path, after: int) -> bool:
     return any(int(step) > after for step in marks)
 
 
+def moment(kind: str, process: subprocess.Popen[str], workdir: Path, step: int, share: float) -> None:
+    """Wait for a moment to kill at: early (imports, restore), after a step, or while one is written."""
+    if kind == "early":
+        end = time.monotonic() + 3.0 * share
+        wait_for(process, lambda: time.monotonic() > end)
+    elif kind == "step":
+        wait_for(process, lambda: newest(workdir) >= step)
+        time.sleep(0.05 * share)
+    else:
+        wait_for(process, lambda: writing(workdir, step))
+        time.sleep(0.1 * share)
+
+
 def test_twenty_kills_change_nothing(runner: Runner, whole: Path, tmp_path: Path) -> None:
     chance = random.Random(7)
     killed, launches, kinds = 0, 0, {"early": 0, "step": 0, "writing": 0}
     while killed < KILLS:
         launches += 1
         assert launches < 4 * KILLS
-        begun, started = newest(tmp_path), time.monotonic()
         process = runner.start(tmp_path, "--resume")
         kind = chance.choice(["early", "step", "writing", "writing"])
-        target, delay = begun + chance.randint(1, 3), chance.random()
-        if kind == "early":
-            # Somewhere in the imports, the restore or the first steps.
-            wait_for(process, lambda: time.monotonic() - started > 3.0 * delay)
-        elif kind == "step":
-            wait_for(process, lambda: newest(tmp_path) >= target)
-            time.sleep(0.05 * delay)
-        else:
-            wait_for(process, lambda: writing(tmp_path, target))
-            time.sleep(0.1 * delay)
+        moment(kind, process, tmp_path, newest(tmp_path) + chance.randint(1, 3), chance.random())
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
             killed += 1
