@@ -1,0 +1,163 @@
+"""The contrastive losses against dense float64: blocks, rings, groups, hard cases, and what is never held."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from mmjax.errors import ConfigError
+from mmjax.losses import infonce, sigmoid
+
+
+def embeddings(count: int, width: int = 16, closeness: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(count)
+    image = rng.standard_normal((count, width))
+    text = closeness * image + rng.standard_normal((count, width))
+    return tuple((x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32) for x in (image, text))
+
+
+def dense_infonce(image, text, scale, groups=None):
+    groups = np.arange(len(image)) if groups is None else groups
+    target = (groups[:, None] == groups[None, :]) / (groups[:, None] == groups[None, :]).sum(1, keepdims=True)
+    logits = image @ text.T * scale
+    by_row, by_col = jax.nn.log_softmax(logits, 1), jax.nn.log_softmax(logits, 0)
+    return -(target * (by_row + by_col)).sum() / (2 * len(image))
+
+
+def dense_sigmoid(image, text, scale, bias, groups=None):
+    groups = np.arange(len(image)) if groups is None else groups
+    signs = 2 * (groups[:, None] == groups[None, :]) - 1
+    return -jax.nn.log_sigmoid(signs * (image @ text.T * scale + bias)).sum() / len(image)
+
+
+def reference(dense, *arguments, groups=None):
+    with jax.enable_x64(True):
+        wide = [jnp.asarray(np.asarray(a, np.float64)) for a in arguments]
+        value, grads = jax.value_and_grad(dense, tuple(range(len(wide))))(*wide, groups)
+        return float(value), [np.asarray(g) for g in grads]
+
+
+def check(loss, dense, arguments, tolerance, *, groups=None, **options):
+    def f(*args):
+        return loss(*args, groups=groups, **options)
+
+    run = jax.jit(jax.value_and_grad(f, tuple(range(len(arguments)))))
+    value, grads = run(*arguments)
+    expected, expected_grads = reference(dense, *arguments, groups=groups)
+    assert abs(float(value) - expected) <= 1e-6 * max(1.0, abs(expected))
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        assert np.abs(np.asarray(ours) - theirs).max() <= tolerance * np.abs(theirs).max()
+
+
+TOLERANCE = {14.0: 2e-6, 100.0: 2e-5}
+
+
+@pytest.mark.parametrize("scale", TOLERANCE)
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("block_size", [7, 16, 1000])
+def test_blocks_equal_dense(block_size, grouped, scale):
+    image, text = embeddings(48)
+    groups = np.random.default_rng(0).integers(0, 15, 48) if grouped else None
+    arguments = (image, text, np.float32(scale))
+    check(infonce, dense_infonce, arguments, TOLERANCE[scale], groups=groups, block_size=block_size)
+    arguments = (*arguments, np.float32(-10))
+    check(sigmoid, dense_sigmoid, arguments, TOLERANCE[scale], groups=groups, block_size=block_size)
+
+
+MESHES = {
+    "auto": lambda: jax.make_mesh((8, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2),
+    "auto two axes": lambda: jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2),
+    "explicit": lambda: jax.make_mesh((2, 4), ("data", "fsdp")),
+}
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("name", MESHES)
+def test_ring_equals_dense_and_gradients_stay_sharded(name, grouped):
+    mesh, axis = MESHES[name](), ("data", "fsdp")
+    split = NamedSharding(mesh, PartitionSpec(axis))
+    image, text = (jax.device_put(x, split) for x in embeddings(48))
+    groups = jax.device_put(np.arange(48) // 3, split) if grouped else None
+    options = {"mesh": mesh, "axis": axis, "block_size": 4}
+    with jax.set_mesh(mesh):
+        for loss, dense, rest in (
+            (infonce, dense_infonce, (np.float32(14),)),
+            (sigmoid, dense_sigmoid, (np.float32(14), np.float32(-10))),
+        ):
+            run = jax.jit(
+                jax.value_and_grad(lambda *a, loss=loss: loss(*a, groups=groups, **options), (0, 1, 2))
+            )
+            value, grads = run(image, text, *rest)
+            plain = None if groups is None else np.asarray(groups)
+            expected, expected_grads = reference(
+                dense, np.asarray(image), np.asarray(text), *rest, groups=plain
+            )
+            assert abs(float(value) - expected) <= 2e-6 * max(1.0, expected)
+            for ours, theirs in zip(grads, expected_grads, strict=False):
+                assert np.abs(np.asarray(ours) - theirs).max() <= 2e-6 * np.abs(theirs).max()
+            assert grads[0].sharding.is_equivalent_to(split, 2)
+            text_of_program = run.lower(image, text, *rest).compile().as_text()
+            assert "collective-permute" in text_of_program
+            assert "all-gather" not in text_of_program
+
+
+@pytest.mark.parametrize(
+    ("image", "text"),
+    [
+        (np.eye(12, dtype=np.float32), np.eye(12, dtype=np.float32)),
+        (np.full((12, 4), 0.5, np.float32), np.full((12, 4), 0.5, np.float32)),
+        (np.ones((1, 1), np.float32), np.ones((1, 1), np.float32)),
+        (np.eye(12, dtype=np.float32), -np.eye(12, dtype=np.float32)),
+    ],
+    ids=["orthogonal", "all equal", "one row", "opposite"],
+)
+def test_hard_cases_at_scale_100(image, text):
+    value, grads = jax.value_and_grad(infonce, (0, 1, 2))(image, text, 100.0, block_size=5)
+    expected, expected_grads = reference(dense_infonce, image, text, np.float32(100))
+    assert abs(float(value) - expected) <= 1e-5 * max(1.0, expected)
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        assert np.isfinite(np.asarray(ours)).all()
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
+
+
+def test_bfloat16_embeddings_have_float32_sums():
+    image, text = (jnp.asarray(x, jnp.bfloat16) for x in embeddings(40))
+    value, grads = jax.value_and_grad(infonce, (0, 1))(image, text, 14.0, block_size=16)
+    assert value.dtype == jnp.float32
+    assert grads[0].dtype == jnp.bfloat16
+    expected, expected_grads = reference(dense_infonce, image, text, np.float32(14))
+    assert abs(float(value) - expected) <= 1e-5
+    for ours, theirs in zip(grads, expected_grads, strict=False):
+        assert np.abs(np.asarray(ours, np.float32) - theirs).max() <= 1e-2 * np.abs(theirs).max()
+
+
+def test_memory_is_a_tile_not_the_matrix():
+    shapes = [jax.ShapeDtypeStruct((4096, 64), jnp.float32)] * 2
+    compiled = (
+        jax.jit(jax.grad(lambda a, b: infonce(a, b, 14.0, block_size=256), (0, 1))).lower(*shapes).compile()
+    )
+    assert compiled.memory_analysis().temp_size_in_bytes < 4096 * 4096 * 4 / 8
+    assert "f32[4096,4096]" not in compiled.as_text()
+
+
+def test_second_derivatives_are_refused():
+    image, text = embeddings(8)
+    for loss, rest in ((infonce, ()), (sigmoid, (-10.0,))):
+        with pytest.raises(NotImplementedError, match="first derivatives only"):
+            jax.grad(lambda s, loss=loss, rest=rest: jax.grad(loss, 2)(image, text, s, *rest))(1.0)
+
+
+def test_bad_arguments():
+    image, text = embeddings(12)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    with pytest.raises(ConfigError, match="block_size"):
+        infonce(image, text, 1.0, block_size=0)
+    with pytest.raises(ConfigError, match="12 rows cannot be split evenly over the 8 devices"):
+        infonce(image, text, 1.0, mesh=mesh)
+    with pytest.raises(ConfigError, match="the mesh has no axis 'model'"):
+        sigmoid(image, text, 1.0, 0.0, mesh=mesh, axis="model")
+    with pytest.raises(AssertionError):
+        infonce(image, text[:5], 1.0)
