@@ -19,23 +19,42 @@ _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
 _DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 
 
+# Published configs nest about five deep. Deeper ones parse, but exhaust the stack when they are written.
+_MAX_DEPTH = 64
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        CheckpointError: no such file, not JSON, or not an object.
+        CheckpointError: no such file, not JSON (NaN and Infinity are none), not an object, or nested deeply.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON ({error}); download the file again") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+    level: list[Any] = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [inner for outer in level for inner in _inside(outer)]
+        if not level:
+            return value
+    raise CheckpointError(f"{path}: nested more than {_MAX_DEPTH} deep; this is no config, download it again")
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _inside(value: Any) -> list[Any]:
+    """The lists and objects directly inside one."""
+    members = value.values() if isinstance(value, dict) else value
+    return [member for member in members if isinstance(member, (dict, list))]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -75,6 +94,7 @@ def _indexed_files(folder: Path) -> list[Path]:
             Path(name).name != name
             or name in ("", ".", "..")
             or "\\" in name
+            or "\0" in name
             or not name.endswith(".safetensors")
         ):
             raise CheckpointError(f"{index}: {name!r} is not a safetensors file of this folder; refused")

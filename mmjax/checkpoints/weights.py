@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from mmjax.errors import CheckpointError
 from mmjax.parallel import ParamSpec, auto_mesh, partition_spec
 
 SHARD_BYTES = 4 * 10**9
+_OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 
 def load_params(
@@ -52,7 +54,7 @@ def load_params(
     """
     flat: dict[str, ParamSpec] = flatten_dict(dict(specs), sep="/")
     links = link(rules, reader.shapes, flat, where)
-    _check_floating(reader, [entry.source for entry in links])
+    _check_dtypes(reader, [entry.source for entry in links], dtype)
     mesh = None if mesh is None else auto_mesh(mesh)
     params: dict[str, jax.Array] = {}
     for entry in links:
@@ -62,8 +64,13 @@ def load_params(
     return unflatten_dict(params, sep="/")
 
 
-def _check_floating(reader: TensorReader, names: list[str]) -> None:
+def _check_dtypes(reader: TensorReader, names: list[str], dtype: str | None) -> None:
     for name in names:
+        if reader.dtypes[name] == "F64" and dtype is None and not jax.config.jax_enable_x64:
+            raise CheckpointError(
+                f"{reader.file_of(name)}: tensor {name} is float64, which jax only has with jax_enable_x64; "
+                "set it, or load with dtype='float32'"
+            )
         if reader.dtypes[name] not in ("F64", "F32", "F16", "BF16"):
             raise CheckpointError(
                 f"{reader.file_of(name)}: tensor {name} has dtype {reader.dtypes[name]}; "
@@ -78,8 +85,9 @@ def _place(piece: np.ndarray, spec: ParamSpec, dtype: str | None, mesh: Mesh | N
         # jnp.array copies: the reader's memory is the file's.
         return jnp.array(piece, dtype=target)
     sharding = NamedSharding(mesh, partition_spec(spec.axes, spec.shape, mesh))
+    # Not ascontiguousarray: that makes a scalar an array of one entry.
     return jax.make_array_from_callback(
-        piece.shape, sharding, lambda index: np.ascontiguousarray(piece[index], dtype=target)
+        piece.shape, sharding, lambda index: np.asarray(piece[index], dtype=target, order="C")
     )
 
 
@@ -101,21 +109,32 @@ def save_params(
 ) -> None:
     """Write safetensors (with an index when there are several), one shard in host memory at a time.
 
-    Every file is written under another name and moved into place when it is whole; files of an earlier
-    save that are no longer part of the weights are removed last.
+    Every file is written under another name; what an earlier save left stays as it is until all are whole.
     """
     written: list[tuple[Path, list[str]]] = []
     total = 0
-    for number, shard in enumerate(_shards(named_tensors(rules, params), shard_bytes)):
-        path = folder / f".{WEIGHTS}.part{number}"
-        save_file(shard, path, metadata={"format": "pt"})
-        written.append((path, list(shard)))
-        total += sum(array.nbytes for array in shard.values())
+    try:
+        for number, shard in enumerate(_shards(named_tensors(rules, params), shard_bytes)):
+            path = folder / f".{WEIGHTS}.part{number}"
+            written.append((path, list(shard)))
+            save_file(shard, path, metadata={"format": "pt"})
+            total += sum(array.nbytes for array in shard.values())
+        _replace_weights(folder, written, total)
+    finally:
+        for path, _ in written:
+            path.unlink(missing_ok=True)
+
+
+def _replace_weights(folder: Path, written: list[tuple[Path, list[str]]], total: int) -> None:
+    """Move whole files to their names, then remove those that an earlier save left over."""
     count = len(written)
     names = (
         [WEIGHTS] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     )
-    stale = {path.name for path in folder.glob("model*.safetensors")} - set(names)
+    stale = {path.name for path in folder.iterdir() if _OURS.fullmatch(path.name)} - set(names)
+    if count > 1:
+        # A crash between two moves must not leave old and new shards under an index that fits both.
+        (folder / INDEX).unlink(missing_ok=True)
     for (path, _), name in zip(written, names, strict=True):
         os.replace(path, folder / name)
     if count > 1:

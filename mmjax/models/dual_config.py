@@ -8,7 +8,7 @@ from collections.abc import Mapping, Set
 from typing import Any
 
 from mmjax.errors import ConfigError
-from mmjax.models.hub_config import ConfigTable, build, read_labels, write_labels
+from mmjax.models.hub_config import ConfigTable, build, read_labels, short, write_labels
 from mmjax.models.labels import check_labels
 
 TEXT_FIELDS: Mapping[str, str] = {
@@ -50,8 +50,6 @@ LABELS: Mapping[str, str] = {
 SECTIONS: Mapping[str, str] = {
     "vision_config": "read as a section",
     "text_config": "read as a section",
-    "vision_config_dict": "read over its section",
-    "text_config_dict": "read over its section",
 }
 
 
@@ -80,19 +78,25 @@ class DualConfig:
         check_labels(self)
 
 
-def section(hub: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
-    """A section such as vision_config; values of `<name>_dict`, where there is one, go before it.
+def section(hub: Mapping[str, Any], name: str, where: str, table: ConfigTable) -> dict[str, Any]:
+    """A section such as vision_config.
+
+    Folders of 2022 may hold the same section as `<name>_dict` too. As in transformers, it then decides about
+    every field: those it leaves out have their defaults, whatever the section says.
 
     Raises:
         ConfigError: the section is not an object.
     """
-    merged: dict[str, Any] = {}
+    found: dict[str, dict[str, Any] | None] = {}
     for key in (name, f"{name}_dict"):
         value = hub.get(key)
         if value is not None and not isinstance(value, Mapping):
-            raise ConfigError(f"{where}: {key} should be an object, got {value!r}")
-        merged.update(value or {})
-    return merged
+            raise ConfigError(f"{where}: {key} should be an object, got {short(value)}")
+        found[key] = None if value is None else dict(value)
+    plain, decisive = found[name] or {}, found[f"{name}_dict"]
+    if decisive is None:
+        return plain
+    return {**{k: v for k, v in plain.items() if k not in table.fields}, **decisive}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,17 +118,18 @@ class DualTables:
         joint = hub["model_type"] == self.model_type
         for kind in ("vision", "text"):
             if kind.capitalize() in architecture:
-                part = section(hub, f"{kind}_config", where) if joint else hub
                 cls, table = getattr(self, kind)
+                part = section(hub, f"{kind}_config", where, table) if joint else hub
                 return build(cls, {**table.read(part, where), "hub": json.dumps(dict(part))}, where)
-        towers = {}
-        for kind in ("vision", "text"):
-            (cls, table), name = getattr(self, kind), f"{kind}_config"
-            place = f"{where} {name}"
-            towers[name] = build(cls, table.read(section(hub, name, where), place), place)
         (cls, table), labels = self.dual, read_labels(hub, where)
-        own = {"labels": labels, "num_labels": len(labels), "hub": json.dumps(dict(hub))}
-        return build(cls, {**table.read(hub, where), **towers, **own}, where)
+        values = {**table.read(hub, where), "labels": labels, "num_labels": len(labels)}
+        # What is written back later has each section once.
+        kept = {name: value for name, value in hub.items() if not name.endswith("_config_dict")}
+        for kind in ("vision", "text"):
+            (tower, tower_table), name = getattr(self, kind), f"{kind}_config"
+            kept[name], place = section(hub, name, where, tower_table), f"{where} {name}"
+            values[name] = build(tower, tower_table.read(kept[name], place), place)
+        return build(cls, {**values, "hub": json.dumps(kept)}, where)
 
     def write(self, config: Any, architecture: str) -> dict[str, Any]:
         """Hub attributes of a joint or a tower's config."""

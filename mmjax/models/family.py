@@ -11,6 +11,7 @@ from typing import Any
 from mmjax.checkpoints import KeyRules
 from mmjax.errors import ConfigError
 from mmjax.models.assemblies import Model
+from mmjax.models.hub_config import short
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +52,9 @@ def family_of_type(model_type: Any, where: str) -> Family:
     Raises:
         ConfigError: no such family.
     """
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(
-            f"{where}: model_type {model_type!r} is not a family that mmjax knows; "
+            f"{where}: model_type {short(model_type)} is not a family that mmjax knows; "
             f"it knows {', '.join(FAMILIES)}"
         )
     return importlib.import_module(FAMILIES[model_type]).FAMILY
@@ -81,13 +82,13 @@ def choose_architecture(family: Family, hub: Mapping[str, Any], where: str) -> s
     """
     named = hub.get("architectures") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
-        raise ConfigError(f"{where}: architectures should be a list of names, got {named!r}")
+        raise ConfigError(f"{where}: architectures should be a list of names, got {short(named)}")
     for name in named:
         if name in family.architectures:
             return name
     if named:
         raise ConfigError(
-            f"{where}: architecture {named[0]!r} is not supported; "
+            f"{where}: architecture {short(named[0])} is not supported; "
             f"this family has {', '.join(family.architectures)}"
         )
     by_type: dict[str, str] = {}

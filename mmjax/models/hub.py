@@ -8,13 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
+from safetensors import SafetensorError
 
 from mmjax.checkpoints.files import TensorReader, open_tensors, read_json
 from mmjax.checkpoints.weights import SHARD_BYTES, load_params, save_params, write_json
-from mmjax.errors import CheckpointError
+from mmjax.errors import CheckpointError, ConfigError
 from mmjax.models.assemblies import Model
 from mmjax.models.family import Family, choose_architecture, family_of_model, family_of_type
 from mmjax.models.hub_config import merge, refuse_code_and_quantisation
@@ -34,22 +36,23 @@ def find_folder(folder_or_hub_id: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: no such folder, or the hub does not give it.
     """
-    path = Path(folder_or_hub_id).expanduser()
-    if path.is_dir():
-        return path
+    if not isinstance(folder_or_hub_id, (str, os.PathLike)):
+        raise CheckpointError(f"{folder_or_hub_id!r}: expected the path of a folder or a hub id")
     name = str(folder_or_hub_id)
+    path = Path(os.path.expanduser(name))
+    if name and path.is_dir():
+        return path
     local = isinstance(folder_or_hub_id, os.PathLike) or path.exists()
     local = local or not _HUB_ID.fullmatch(name) or ("/" in name and Path(name.split("/")[0]).exists())
     if local:
         what = "is a file, not a folder" if path.is_file() else "no such folder"
         raise CheckpointError(f"{name}: {what}; give a folder with config.json and safetensors, or a hub id")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # The errors of its http library change with its version.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{name}: no such folder here, and the hub did not give it ({reason})"
         ) from None
@@ -94,6 +97,10 @@ def load(
             ever executed.
     """
     dtype = None if dtype is None else canonical_dtype(dtype)
+    if dtype == "float64" and not jax.config.jax_enable_x64:
+        raise ConfigError(
+            "dtype: 'float64' needs jax_enable_x64; set it, or use one of float16, bfloat16, float32"
+        )
     folder = find_folder(folder_or_hub_id)
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder / 'config.json'}: no such file; a hub folder needs one")
@@ -144,25 +151,27 @@ def save(
         write_json(folder / "config.json", hub)
         if processor is not None:
             processor.save(folder)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: cannot be written ({error.strerror or error})") from None
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{folder}: cannot be written ({reason})") from None
 
 
 def check_params(model: Model, params: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters by path, if they are exactly the model's.
 
     Raises:
-        CheckpointError: missing, extra or misshapen ones, all listed.
+        CheckpointError: missing, extra or misshapen ones, and what is no array of floats, all listed.
     """
     flat = flatten_dict(dict(params), sep="/")
     specs = flatten_dict(parameter_specs(model), sep="/")
     faults = [f"missing: {path}" for path in specs if path not in flat]
     faults += [f"extra: {path}" for path in flat if path not in specs]
-    faults += [
-        f"misshapen: {path} is {list(flat[path].shape)}, expected {list(spec.shape)}"
-        for path, spec in specs.items()
-        if path in flat and tuple(flat[path].shape) != spec.shape
-    ]
+    for path in specs.keys() & flat.keys():
+        value, shape = flat[path], specs[path].shape
+        if not hasattr(value, "dtype") or not jnp.issubdtype(value.dtype, jnp.floating):
+            faults.append(f"no array of floats: {path} is {getattr(value, 'dtype', type(value).__name__)}")
+        elif tuple(value.shape) != shape:
+            faults.append(f"misshapen: {path} is {list(value.shape)}, expected {list(shape)}")
     if faults:
         raise CheckpointError("parameters do not fit the model:\n  " + "\n  ".join(sorted(faults)))
     return flat

@@ -8,30 +8,35 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from mmjax.errors import ConfigError
+from mmjax.vision.config import VisionConfig
 
 # Attributes that any hub config may carry and that change no output of the models here.
 COMMON: Mapping[str, str] = {
     name: reason
     for reason, names in {
-        "a name or version, not a setting": "_name_or_path architectures model_type transformers_version "
+        "a name or version, not a setting": "_name_or_path _commit_hash architectures model_type "
+        "transformers_version "
         "finetuning_task problem_type task_specific_params tokenizer_class name_or_path",
         "chosen at call time here": "output_attentions output_hidden_states return_dict use_return_dict "
         "use_cache _attn_implementation _attn_implementation_autoset _attn_implementation_internal "
         "attn_implementation gradient_checkpointing",
         "the folder's tensors say it": "dtype torch_dtype use_bfloat16",
-        "text generation only": "bad_words_ids begin_suppress_tokens decoder_start_token_id diversity_penalty "
-        "do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty "
-        "forced_bos_token_id forced_eos_token_id length_penalty max_length min_length "
-        "no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores prefix "
+        "text generation only": "bad_words_ids begin_suppress_tokens decoder_start_token_id "
+        "diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size "
+        "exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty "
+        "max_length min_length no_repeat_ngram_size num_beam_groups num_beams "
+        "num_return_sequences output_scores prefix "
         "remove_invalid_values repetition_penalty return_dict_in_generate sep_token_id "
         "suppress_tokens temperature top_k top_p typical_p",
-        "the tokenizer's matter": "bos_token_id pad_token_id",
+        "the tokenizer's matter, unless a table says otherwise": "bos_token_id eos_token_id pad_token_id",
         "splits the work, not the result": "chunk_size_feed_forward",
-        "torch only": "torchscript tf_legacy_loss",
+        "another framework's": "torchscript tf_legacy_loss xla_device",
     }.items()
     for name in names.split()
 }
@@ -46,6 +51,18 @@ REQUIRED: Mapping[str, tuple[Any, ...]] = {
     "tie_encoder_decoder": (False, None),
     "tie_word_embeddings": (True, False, None),
 }
+
+
+_shortener = reprlib.Repr()
+_shortener.maxstring = 80
+short = _shortener.repr
+
+# Far above every published model. What is larger is damage, and would hang or fill the memory while the
+# model's shapes are worked out, before any tensor could contradict it.
+_LARGEST: Mapping[str, int] = {"num_hidden_layers": 1024}
+_LARGEST_SIZE = 2**20
+_LARGEST_IMAGE = 2**26
+_LONGEST_NAME = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,17 +94,19 @@ class ConfigTable:
         values: dict[str, Any] = {}
         for name, value in hub.items():
             if name in self.fields:
+                _check_plausible(name, value, where)
                 values[self.fields[name]] = value
             elif name in self.fixed or name in REQUIRED:
                 allowed = self.fixed.get(name, REQUIRED.get(name, ()))
                 if value not in allowed:
                     raise ConfigError(
-                        f"{where}: {name}={value!r} is not supported here; only {allowed[0]!r} is"
+                        f"{where}: {name}={short(value)} is not supported here; only {allowed[0]!r} is"
                     )
             elif name not in self.ignored and name not in COMMON:
+                shown = name if name.isprintable() and len(name) <= _LONGEST_NAME else short(name)
                 raise ConfigError(
-                    f"{where}: unknown attribute {name}={value!r}; mmjax will not guess what it changes. "
-                    "Remove it if it changes nothing"
+                    f"{where}: unknown attribute {shown}={short(value)}; mmjax will not guess what it "
+                    "changes. Remove it if it changes nothing"
                 )
         return values
 
@@ -104,11 +123,29 @@ def build(cls: type, values: Mapping[str, Any], where: str) -> Any:
         default = hints[name].default
         wrong = isinstance(default, (int, float, str)) and not _fits(value, default)
         if wrong and not (isinstance(value, (list, tuple)) and name in ("image_size", "patch_size")):
-            raise ConfigError(f"{where}: {name} should be {type(default).__name__}, got {value!r}")
+            raise ConfigError(f"{where}: {name} should be {type(default).__name__}, got {short(value)}")
     try:
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        config = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
+    if isinstance(config, VisionConfig):
+        pixels = math.prod((*config.image_size, config.num_channels))  # type: ignore[misc]
+        if pixels > _LARGEST_IMAGE:
+            raise ConfigError(f"{where}: image_size: {pixels} values per image; no such model is known")
+    return config
+
+
+def _check_plausible(name: str, value: Any, where: str) -> None:
+    """Raise ConfigError for numbers that are infinite or beyond any model, and for endless texts."""
+    for part in value if isinstance(value, list) else [value]:
+        if isinstance(part, int):
+            wrong = abs(part) > _LARGEST.get(name, _LARGEST_SIZE)
+        elif isinstance(part, float):
+            wrong = not math.isfinite(part)
+        else:
+            wrong = isinstance(part, str) and len(part) > _LONGEST_NAME
+        if wrong:
+            raise ConfigError(f"{where}: {name}={short(value)} is beyond any model; download the file again")
 
 
 def _fits(value: Any, default: Any) -> bool:
@@ -142,8 +179,8 @@ def read_labels(hub: Mapping[str, Any], where: str) -> tuple[str, ...]:
     id2label = hub.get("id2label")
     if id2label is None:
         count = hub.get("num_labels", 2)
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise ConfigError(f"{where}: num_labels should be a whole number, got {count!r}")
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= _LARGEST_SIZE:
+            raise ConfigError(f"{where}: num_labels should be a whole number, got {short(count)}")
         return tuple(f"LABEL_{i}" for i in range(count))
     try:
         by_id = {int(i): str(label) for i, label in dict(id2label).items()}

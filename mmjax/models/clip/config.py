@@ -99,6 +99,8 @@ DUAL = ConfigTable(
     ignored={
         **LABELS,
         **SECTIONS,
+        "vision_config_dict": "read with its section",
+        "text_config_dict": "read with its section",
     },
 )
 

@@ -95,7 +95,7 @@ TEXT = ConfigTable(
         **{k: v for k, v in TEXT_FIELDS.items() if k != "eos_token_id"},
         "projection_size": "projection_size",
     },
-    ignored={**_IGNORED, "eos_token_id": "the last position is pooled, whatever its id"},
+    ignored=_IGNORED,
 )
 DUAL = ConfigTable(
     fields={"initializer_factor": "initializer_factor"},

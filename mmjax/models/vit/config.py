@@ -10,6 +10,8 @@ from typing import Any
 from mmjax.errors import ConfigError
 from mmjax.models.hub_config import ConfigTable, build, read_labels, write_labels
 from mmjax.models.labels import check_labels
+from mmjax.nn import ACTIVATIONS
+from mmjax.nn.config import check_positive
 from mmjax.vision.config import Pooling, VisionConfig
 
 
@@ -35,8 +37,13 @@ class ViTConfig(VisionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_labels(self)
-        if self.encoder_stride < 1:
-            raise ConfigError(f"encoder_stride: expected a positive integer, got {self.encoder_stride}")
+        check_positive(self, "encoder_stride")
+        if self.pooler_size is not None:
+            check_positive(self, "pooler_size")
+        if self.pooler_act not in ACTIVATIONS:
+            raise ConfigError(
+                f"pooler_act: unknown activation {self.pooler_act!r}; known: {', '.join(ACTIVATIONS)}"
+            )
 
     @property
     def vision_config(self) -> ViTConfig:
