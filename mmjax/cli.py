@@ -118,6 +118,14 @@ def _importing(frame: FrameType | None) -> bool:
     return False
 
 
+def _wake_main_thread() -> None:
+    """Send Ctrl-C to the main thread, where it ends a wait; elsewhere it would only be noted."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    else:
+        signal.raise_signal(signal.SIGINT)
+
+
 @contextmanager
 def _interrupts() -> Iterator[list[float]]:
     """Note every Ctrl-C, and deliver those again that got lost.
@@ -145,7 +153,7 @@ def _interrupts() -> Iterator[list[float]]:
 
     def come_again() -> None:
         # From a thread and a little later: here it would be lost once more.
-        threading.Timer(0.05, lambda: signal.raise_signal(signal.SIGINT) if running else None).start()
+        threading.Timer(0.05, lambda: _wake_main_thread() if running else None).start()
 
     def forgotten(problem: Any) -> None:
         if isinstance(problem.exc_value, KeyboardInterrupt):
