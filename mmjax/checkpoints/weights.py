@@ -65,8 +65,9 @@ def load_params(
 
 
 def _check_dtypes(reader: TensorReader, names: list[str], dtype: str | None) -> None:
+    narrow = jax.dtypes.canonicalize_dtype("float64") != "float64"
     for name in names:
-        if reader.dtypes[name] == "F64" and dtype is None and not jax.config.jax_enable_x64:
+        if reader.dtypes[name] == "F64" and dtype is None and narrow:
             raise CheckpointError(
                 f"{reader.file_of(name)}: tensor {name} is float64, which jax only has with jax_enable_x64; "
                 "set it, or load with dtype='float32'"

@@ -97,7 +97,7 @@ def load(
             ever executed.
     """
     dtype = None if dtype is None else canonical_dtype(dtype)
-    if dtype == "float64" and not jax.config.jax_enable_x64:
+    if dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
         raise ConfigError(
             "dtype: 'float64' needs jax_enable_x64; set it, or use one of float16, bfloat16, float32"
         )

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmjax.errors import ConfigError
-from mmjax.vision.config import VisionConfig
+from mmjax.vision.config import VisionConfig, pair
 
 # Attributes that any hub config may carry and that change no output of the models here.
 COMMON: Mapping[str, str] = {
@@ -129,7 +129,8 @@ def build(cls: type, values: Mapping[str, Any], where: str) -> Any:
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     if isinstance(config, VisionConfig):
-        pixels = math.prod((*config.image_size, config.num_channels))  # type: ignore[misc]
+        height, width = pair(config.image_size, "image_size")
+        pixels = height * width * config.num_channels
         if pixels > _LARGEST_IMAGE:
             raise ConfigError(f"{where}: image_size: {pixels} values per image; no such model is known")
     return config

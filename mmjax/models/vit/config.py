@@ -47,8 +47,8 @@ class ViTConfig(VisionConfig):
 
     @property
     def vision_config(self) -> ViTConfig:
-        """The tower's config: this one."""
-        return self
+        """The tower's config below a head: this one without the pooler, which no head reads."""
+        return dataclasses.replace(self, pooling="none")
 
 
 TABLE = ConfigTable(
@@ -82,6 +82,8 @@ def read_config(hub: Mapping[str, Any], architecture: str, names: Set[str], wher
     """ViTConfig from a hub config; the pooler exists if the folder has its weights."""
     labels = read_labels(hub, where)
     values = TABLE.read(hub, where)
+    if values.get("pooler_size") == values.get("hidden_size", ViTConfig.hidden_size):
+        values["pooler_size"] = None
     has_pooler = architecture == "ViTModel" and any(name.endswith("pooler.dense.weight") for name in names)
     return build(
         ViTConfig,

@@ -80,7 +80,7 @@ class ViTForMaskedImageModeling(Model):
                 f"encoder_stride: {stride} differs from patch_size {config.patch_size}; "
                 "they must agree to mask"
             )
-        tower = VisionTransformer(config, self.execution, name="vision_model")
+        tower = VisionTransformer(config.vision_config, self.execution, name="vision_model")
         out = tower(pixel_values, bool_masked_pos, **options)
         painted = Dense(
             config.num_channels * stride**2,
