@@ -57,9 +57,7 @@ def experiment() -> Experiment:
         stages=(
             Stage(name="contrastive", loss=Contrastive(), rules=((".*", Cosine(peak=1e-3, warmup=0.1)),)),
         ),
-        train=Train(
-            steps=1000, batch_size=128, weight_decay=0.1, b2=0.98, log_every=20, checkpoint_every=250
-        ),
+        train=Train(steps=500, batch_size=128, weight_decay=0.1, b2=0.98, log_every=20, checkpoint_every=250),
         evaluate=evaluate,
         preview=draw_preview,
         smoke=("train.steps=20", "train.batch_size=32"),
@@ -149,7 +147,9 @@ def _draw_images(
         np.array([np.sum(truth[right[:place]] == truth[n]) for place, n in enumerate(right)]), kind="stable"
     )
     chosen = [*wrong, *right[turn]][: rows * columns]
-    figure.suptitle("the closest caption for each image, and the truth where it is another", fontsize=11)
+    figure.suptitle(
+        "the digit in the closest of ten captions, and the truth where it is another", fontsize=11
+    )
     axes = figure.subplots(rows, columns)
     for axis, index in zip(axes.flat, chosen, strict=True):
         good = predicted[index] == truth[index]

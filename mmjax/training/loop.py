@@ -112,6 +112,7 @@ class Run:
                 self.progress.say(f"resumed from {self.store.path(start.checkpoint)}")
             state = self._train(start)
             self.recorder.flush_to_disk()
+            self.progress.close()
             return finish(self, state)
         finally:
             self.progress.close()

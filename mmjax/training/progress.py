@@ -76,7 +76,7 @@ class LiveProgress:
         self._bar.update(self._tasks[stage], completed=step, figures=_figures(loss, rate, seconds_left))
 
     def close(self) -> None:
-        """Leave the bar as it stands and give the terminal back."""
+        """Leave the bar as it stands; what is said from now on comes below it."""
         self._bar.stop()
 
 

@@ -68,6 +68,7 @@ class StageRun:
         self.stage: Stage = experiment.stages[index]
         self.settings: Train = experiment.settings(self.stage)
         self.mesh = mesh
+        self._ways = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
         self._check_batch()
         all_rules = [Rule(*rule) for rule in self.stage.rules]
         labels = label_parameters(opened.shapes, all_rules, self.stage.name)
@@ -101,6 +102,7 @@ class StageRun:
                 accumulate=self.settings.accumulate,
                 ema_decay=self.settings.ema_decay,
                 rates={name: schedules[index] for index, name in names.items()},
+                mesh=mesh if self._ways > 1 else None,
             ),
             in_shardings=(self.shardings, batch_sharding(mesh)),
             out_shardings=(self.shardings, replicated(mesh)),
@@ -180,7 +182,7 @@ class StageRun:
         return create_state(params, self.trained, self._optimizer, key, ema=self.settings.ema_decay > 0)
 
     def _check_batch(self) -> None:
-        ways = int(np.prod([self.mesh.shape[axis] for axis in BATCH_AXES]))
+        ways = self._ways
         size, parts = self.settings.batch_size, self.settings.accumulate
         if size // parts % ways:
             raise ConfigError(

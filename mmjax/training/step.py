@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -9,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from mmjax.training.state import NOT_BAD, FlatParams, TrainState, merge
 
@@ -20,6 +22,7 @@ GRADIENT = "gradient"
 class Task(Protocol):
     """A loss: named float32 scalars whose sum is minimised.
 
+    A task whose call takes `mesh` is given the mesh that the batch is split over (None on one device).
     A task may also have `project(params)`, which maps the trained parameters (flat, by path) back
     into the set they have to stay in after every update.
     """
@@ -40,6 +43,7 @@ def make_train_step(
     accumulate: int = 1,
     ema_decay: float = 0.0,
     rates: Mapping[str, optax.Schedule] | None = None,
+    mesh: Mesh | None = None,
 ) -> TrainStep:
     """Make `train_step(state, batch) -> (state, metrics)`, ready for jit.
 
@@ -50,6 +54,7 @@ def make_train_step(
         accumulate: micro-batches per step; their gradients are averaged.
         ema_decay: share of the average that stays each step; 0 keeps none.
         rates: learning rates to report, by name.
+        mesh: given to a task that asks for it; None where the batch lies on one device.
 
     Returns:
         The step. Its metrics are float32 scalars: "loss", "terms" (by name), "grad_norm" and
@@ -57,10 +62,11 @@ def make_train_step(
         was, with `bad_step` and `bad_term` set (see `term_name`), and stays so.
     """
     project = getattr(task, "project", lambda params: params)
+    asked = {"mesh": mesh} if "mesh" in inspect.signature(task).parameters else {}
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def loss(params: FlatParams, part: Batch, key: jax.Array) -> tuple[jax.Array, Terms]:
-            terms = task(model, merge(params, state.frozen), part, key)
+            terms = task(model, merge(params, state.frozen), part, key, **asked)
             return sum(terms.values(), start=jnp.zeros([])), terms
 
         key = jax.random.fold_in(state.key, state.step)

@@ -11,8 +11,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from mmjax import losses
+from mmjax.parallel import BATCH_AXES
 from mmjax.training.state import FlatParams
 from mmjax.training.step import Batch, Terms
 
@@ -34,10 +36,18 @@ class Contrastive:
 
     max_scale: float = 100.0
 
-    def __call__(self, model: nn.Module, params: Mapping[str, Any], batch: Batch, key: jax.Array) -> Terms:
+    def __call__(
+        self,
+        model: nn.Module,
+        params: Mapping[str, Any],
+        batch: Batch,
+        key: jax.Array,
+        mesh: Mesh | None = None,
+    ) -> Terms:
         out = _run(model, params, batch, key, CONTRASTIVE_INPUTS)
         scale = jnp.exp(jnp.minimum(params[SCALE], math.log(self.max_scale)))
-        return {"contrastive": losses.infonce(out["image_embeds"], out["text_embeds"], scale)}
+        embeds = out["image_embeds"], out["text_embeds"]
+        return {"contrastive": losses.infonce(*embeds, scale, mesh=mesh, axis=BATCH_AXES)}
 
     def project(self, params: FlatParams) -> FlatParams:
         """Clamp the parameter too, so that it cannot wander off where it has no gradient."""
@@ -52,10 +62,18 @@ class Sigmoid:
     Source: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", algorithm 1.
     """
 
-    def __call__(self, model: nn.Module, params: Mapping[str, Any], batch: Batch, key: jax.Array) -> Terms:
+    def __call__(
+        self,
+        model: nn.Module,
+        params: Mapping[str, Any],
+        batch: Batch,
+        key: jax.Array,
+        mesh: Mesh | None = None,
+    ) -> Terms:
         out = _run(model, params, batch, key, CONTRASTIVE_INPUTS)
-        scale, bias = jnp.exp(params[SCALE]).reshape(()), params["logit_bias"].reshape(())
-        return {"sigmoid": losses.sigmoid(out["image_embeds"], out["text_embeds"], scale, bias)}
+        embeds = out["image_embeds"], out["text_embeds"]
+        scale, bias = jnp.exp(params[SCALE]), params["logit_bias"]
+        return {"sigmoid": losses.sigmoid(*embeds, scale, bias, mesh=mesh, axis=BATCH_AXES)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
