@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -72,7 +73,10 @@ class RunFolders:
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write output/<name>/result.json, whole or not at all."""
         beside = self.output / "result.json.writing"
-        beside.write_text(json.dumps(result, indent=2, default=_plain) + "\n", encoding="utf-8")
+        text = json.dumps(result, indent=2, default=_plain)
+        # A row of numbers is one line; a string cannot match, since none holds a line break.
+        text = re.sub(r"\[\n[\s\d.,eE+-]+\]", lambda row: " ".join(row[0].split()), text)
+        beside.write_text(text + "\n", encoding="utf-8")
         os.replace(beside, self.output / "result.json")
 
     def export(self, write: Callable[[Path], None]) -> None:
