@@ -118,7 +118,11 @@ def save_params(
         for number, shard in enumerate(_shards(named_tensors(rules, params), shard_bytes)):
             path = folder / f".{WEIGHTS}.part{number}"
             written.append((path, list(shard)))
+            path.touch()
+            mode = path.stat().st_mode
             save_file(shard, path, metadata={"format": "pt"})
+            # safetensors makes files that only their owner reads, whatever the umask says.
+            path.chmod(mode)
             total += sum(array.nbytes for array in shard.values())
         _replace_weights(folder, written, total)
     finally:
