@@ -18,7 +18,7 @@ def pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]
     >>> pair(224, "image_size"), pair([224, 336], "image_size")
     ((224, 224), (224, 336))
     """
-    numbers = (value, value) if isinstance(value, int) else tuple(value)
+    numbers = tuple(value) if isinstance(value, (tuple, list)) else (value, value)
     whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in numbers)
     if len(numbers) != 2 or not whole:
         raise ConfigError(f"{name}: expected a positive integer or a (height, width) pair, got {value!r}")

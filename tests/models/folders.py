@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 import mmjax
@@ -106,3 +107,18 @@ def refused(
     assert len(first) < 1000
     assert all(line.startswith("  ") for line in others)
     return str(info.value)
+
+
+def assert_same_params(actual: Any, expected: Any) -> None:
+    """The same paths with the same bits of the same dtype."""
+    actual, expected = flatten_dict(actual, sep="/"), flatten_dict(expected, sep="/")
+    assert actual.keys() == expected.keys()
+    for path, value in expected.items():
+        assert actual[path].dtype == value.dtype, path
+        assert np.asarray(actual[path]).tobytes() == np.asarray(value).tobytes(), path
+        assert actual[path].shape == value.shape, path
+
+
+def files(folder: Path) -> set[str]:
+    """Names of all files of a folder."""
+    return {path.name for path in folder.iterdir()}
