@@ -132,6 +132,17 @@ def draw_preview(outcome: Outcome, path: Path) -> None:
     _draw_loss(upper, outcome)
     _draw_confusion(lower, np.asarray(outcome.metrics["confusion"]), outcome.data.class_names())
     figure.savefig(path)
+    _save_samples(outcome, path.parent)
+
+
+def _save_samples(outcome: Outcome, folder: Path) -> None:
+    """The first unseen scan of some digits, to try `mmjax zeroshot` on."""
+    names, wanted = outcome.data.class_names(), {"two", "seven"}
+    for example in outcome.data.examples("test"):
+        name = names[example["label"]]
+        if name in wanted:
+            example["image"].save(folder / f"{name}.png")
+            wanted.remove(name)
 
 
 def _draw_images(
