@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,14 +36,19 @@ def make_mesh(shape: Mapping[str, int] | None = None, devices: Sequence[Any] | N
     1
     """
     devices = list(jax.devices() if devices is None else devices)
+    if not devices:
+        raise ConfigError("mesh: no devices were given")
     wanted = dict(shape if shape is not None else {"data": -1})
-    unknown = sorted(set(wanted) - set(MESH_AXES))
+    unknown = [axis for axis in wanted if axis not in MESH_AXES]
     if unknown:
         raise ConfigError(f"mesh: unknown axis {unknown[0]!r}; the axes are {', '.join(MESH_AXES)}")
     sizes = {axis: wanted.get(axis, 1) for axis in MESH_AXES}
     free = [axis for axis, size in sizes.items() if size == -1]
-    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise ConfigError(f"mesh: sizes must be positive, and at most one may be -1; got {dict(wanted)}")
+    whole = all(isinstance(size, numbers.Integral) and size is not True for size in sizes.values())
+    if not whole or len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ConfigError(
+            f"mesh: sizes must be positive whole numbers, and at most one may be -1; got {dict(wanted)}"
+        )
     if free:
         sizes[free[0]] = len(devices) // math.prod(size for size in sizes.values() if size != -1)
     if math.prod(sizes.values()) != len(devices):
