@@ -69,6 +69,13 @@ def test_files_that_are_not_ours_stay(tmp_path):
     assert all((tmp_path / name).read_bytes() == b"mine" for name in others)
 
 
+def test_others_may_read_what_the_umask_lets_them(tmp_path):
+    (tmp_path / "plain").write_text("")
+    mmjax.save(tmp_path, VIT, random_params(VIT))
+    mode = (tmp_path / "plain").stat().st_mode
+    assert {(tmp_path / name).stat().st_mode for name in (CONFIG, WEIGHTS)} == {mode}
+
+
 def broken(error, after):
     """A save_file that fails once `after` files are written, in the middle of one."""
     written = []
