@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmjax.errors import ConfigError
 from mmjax.language.text_encoder import TextOutput, TextTransformer
 from mmjax.models.assemblies import Model, example_ids, example_images, projection
 from mmjax.models.outputs import DualEncoderOutput
@@ -32,6 +33,8 @@ class DualEncoder(Model):
 
     def setup(self) -> None:
         config, execution = self.config, self.execution
+        if config.vision_config.pooling == "none":
+            raise ConfigError("pooling: images are compared by their pooled features, but the tower has none")
         self.vision_model = VisionTransformer(config.vision_config, execution)
         self.text_model = TextTransformer(config.text_config, execution)
         if config.projection_dim is not None:

@@ -107,9 +107,11 @@ def load(
     read_json(folder / "config.json")
     with open_tensors(folder) as reader:
         family, model = open_model(folder, reader, execution or Execution())
-        params = load_params(
-            reader, family.rules(model), parameter_specs(model), dtype=dtype, mesh=mesh, where=str(folder)
-        )
+        try:
+            specs = parameter_specs(model)
+        except ConfigError as error:
+            raise ConfigError(f"{folder / 'config.json'}: {error}") from None
+        params = load_params(reader, family.rules(model), specs, dtype=dtype, mesh=mesh, where=str(folder))
     return model, params, Processor.from_folder(folder)
 
 

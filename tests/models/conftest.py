@@ -26,3 +26,8 @@ def folder(tmp_path):
 @pytest.fixture
 def clip(tmp_path):
     return make(tmp_path / "clip", "clip")
+
+
+@pytest.fixture
+def siglip(tmp_path):
+    return make(tmp_path / "siglip", "siglip")

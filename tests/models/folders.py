@@ -38,14 +38,14 @@ VIT = ViTForImageClassification(
 
 @functools.cache
 def _template(name: str) -> Path:
-    model = VIT if name == "vit" else MODELS["CLIPModel"]
+    model = VIT if name == "vit" else MODELS[{"clip": "CLIPModel", "siglip": "SiglipModel"}[name]]
     folder = Path(tempfile.mkdtemp(prefix=f"mmjax-{name}-"))
     mmjax.save(folder, model, random_params(model))
     return folder
 
 
 def make(folder: Path, name: str = "vit") -> Path:
-    """A whole folder that loads: "vit" (one layer, one file) or "clip" (two layers a tower)."""
+    """A whole folder that loads: "vit" (one layer), "clip" or "siglip" (two layers a tower)."""
     shutil.copytree(_template(name), folder, dirs_exist_ok=True)
     return folder
 

@@ -222,6 +222,27 @@ def test_impossible_sections(clip, section, changes, match):
     refused(clip, match, error=ConfigError, file=CONFIG)
 
 
+@pytest.mark.parametrize(
+    ("section", "changes", "match"),
+    [
+        (
+            "text_config",
+            {"projection_size": 7},
+            "projection_size: the text tower gives 7 features, the image",
+        ),
+        ("text_config", {"projection_size": "16"}, "text_config: projection_size"),
+        ("vision_config", {"vision_use_head": 1}, "vision_config: vision_use_head should be true or false"),
+        ("vision_config", {"vision_use_head": False}, "pooling: .*the tower has none"),
+        ("vision_config", {"hidden_size": 32}, "projection_size: .* they must agree"),
+        (None, {"text_config_dict": {}}, "unknown attribute text_config_dict"),
+    ],
+    ids=str,
+)
+def test_impossible_sections_of_siglip(siglip, section, changes, match):
+    edit_config(siglip, section, **changes)
+    refused(siglip, match, error=ConfigError, file=CONFIG)
+
+
 def test_remote_code_is_refused_and_not_run(folder, monkeypatch):
     marker = folder / "ran"
     code = f"open({str(marker)!r}, 'w').close()\n"

@@ -174,8 +174,8 @@ JSON = st.recursive(
 
 @FUZZ
 @given(st.data())
-def test_any_value_for_any_attribute(folder, clip, data):
-    path = data.draw(st.sampled_from([folder, clip]))
+def test_any_value_for_any_attribute(folder, clip, siglip, data):
+    path = data.draw(st.sampled_from([folder, clip, siglip]))
     whole = (path / CONFIG).read_text()
     config = json.loads(whole)
     section = data.draw(

@@ -82,10 +82,8 @@ def read_config(hub: Mapping[str, Any], architecture: str, names: Set[str], wher
     """ViTConfig from a hub config; the pooler exists if the folder has its weights."""
     labels = read_labels(hub, where)
     values = TABLE.read(hub, where)
-    if values.get("pooler_size") == values.get("hidden_size", ViTConfig.hidden_size):
-        values["pooler_size"] = None
     has_pooler = architecture == "ViTModel" and any(name.endswith("pooler.dense.weight") for name in names)
-    return build(
+    config = build(
         ViTConfig,
         {
             **values,
@@ -97,6 +95,8 @@ def read_config(hub: Mapping[str, Any], architecture: str, names: Set[str], wher
         },
         where,
     )
+    same = config.pooler_size == config.hidden_size
+    return dataclasses.replace(config, pooler_size=None) if same else config
 
 
 def write_config(config: ViTConfig, architecture: str) -> dict[str, Any]:
