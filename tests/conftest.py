@@ -1,8 +1,13 @@
-"""Eight emulated devices for every test: the flag has to be set before jax is imported."""
+"""Eight emulated devices for every test: the flags have to be set before jax is imported."""
 
 import os
 
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    # Eight devices share the machine's cores: on a busy one they wait long for each other, and the defaults
+    # (40 s) would end the whole process.
+    "--xla_cpu_collective_call_terminate_timeout_seconds=300",
+    "--xla_cpu_collective_timeout_seconds=300",
 )
+os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *FLAGS)).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

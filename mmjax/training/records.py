@@ -9,8 +9,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmjax.training.events import EventWriter
-
 FIRST = ("stage", "step")
 
 
@@ -88,7 +86,8 @@ class Recorder:
     def __init__(self, folder: Path, step: int, *, log_samples: bool) -> None:
         self._metrics = Table(folder / "metrics.csv", step)
         self._samples = Table(folder / "samples.csv", step) if log_samples else None
-        self._events = EventWriter(folder, step)
+        self._events: Any = None
+        self._folder, self._step = folder, step
         self._rows: list[dict[str, Any]] = []
         self._ids: list[dict[str, Any]] = []
         self._window: list[dict[str, Any]] = []
@@ -107,7 +106,8 @@ class Recorder:
         self._write()
         names = self._window[0] if self._window else ()
         means = {name: sum(row[name] for row in self._window) / len(self._window) for name in names}
-        self._events.scalars({**means, "images_per_second": rate}, step)
+        for name, value in {**means, "images_per_second": rate}.items():
+            self._curves().add_scalar(name, value, step)
         self._window.clear()
 
     def flush_to_disk(self) -> None:
@@ -119,7 +119,18 @@ class Recorder:
 
     def close(self) -> None:
         """Close the event file."""
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
+
+    def _curves(self) -> Any:
+        """TensorBoard's writer, imported when there is something to write."""
+        if self._events is None:
+            from tensorboardX import SummaryWriter
+
+            # What an earlier process wrote after this step is run again, and hidden.
+            purge = self._step + 1 if self._step else None
+            self._events = SummaryWriter(str(self._folder), purge_step=purge, write_to_disk=True)
+        return self._events
 
     def _write(self) -> None:
         if self._rows:
