@@ -184,3 +184,49 @@ def test_dtypes_by_name(dtype):
 def test_dtypes_that_are_no_floats(dtype):
     with pytest.raises(ConfigError, match="dtype: .* is not a floating type; use one of float16"):
         Execution(dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("rows", [(), (5,), (2, 5), (1, 5), (2, 3, 5)])
+def test_narrow_dense_gradients_are_products_of_narrow_factors(dtype, rows):
+    """Each gradient is the exact product of the rounded factors; the kernel's keeps its float32 sum."""
+    x, g = (jnp.asarray(RNG.standard_normal((*rows, n)), dtype) for n in (4, 6))
+    kernel, bias = (jnp.asarray(RNG.standard_normal(s), "float32") for s in ((4, 6), (6,)))
+
+    def total(x, kernel, bias):
+        return jnp.sum(dense(x, kernel, bias, dtype=dtype).astype("float32") * g.astype("float32"))
+
+    dx, dkernel, dbias = jax.grad(total, argnums=(0, 1, 2))(x, kernel, bias)
+    x64, g64 = (np.asarray(a, np.float64).reshape(-1, a.shape[-1]) for a in (x, g))
+    rounded = np.asarray(kernel.astype(dtype), np.float64)
+    assert (dx.dtype, dkernel.dtype, dbias.dtype) == (jnp.dtype(dtype), jnp.float32, jnp.float32)
+    np.testing.assert_allclose(dkernel, x64.T @ g64, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dbias, g64.sum(0), rtol=1e-5, atol=1e-5)
+    expected = (g64 @ rounded.T).reshape(x.shape)
+    np.testing.assert_allclose(np.asarray(dx, np.float64), expected, rtol=2**-7, atol=2**-6)
+
+
+def test_narrow_dense_gradients_may_be_transposed():
+    """XLA on CPU compiles a transposed bfloat16 product to something it cannot run; see `dense`."""
+    x, kernel = jnp.ones((2, 5, 4), "bfloat16"), jnp.ones((4, 6))
+
+    @jax.jit
+    def gradient(x, kernel):
+        return jax.grad(lambda k: jnp.sum(dense(x, k, dtype="bfloat16").astype("float32")))(kernel).T
+
+    np.testing.assert_array_equal(gradient(x, kernel), np.full((6, 4), 10.0))
+
+
+def test_narrow_dense_under_vmap_equals_a_loop():
+    x = jnp.asarray(RNG.standard_normal((3, 2, 5, 4)), "bfloat16")
+    kernel = jnp.asarray(RNG.standard_normal((3, 4, 6)), "float32")
+
+    def gradients(x, kernel):
+        return jax.grad(lambda *a: jnp.sum(jnp.sin(dense(*a, dtype="bfloat16"))), argnums=(0, 1))(x, kernel)
+
+    for whole, parts in zip(
+        jax.vmap(gradients)(x, kernel), zip(*map(gradients, x, kernel), strict=True), strict=True
+    ):
+        np.testing.assert_allclose(
+            np.asarray(whole, "float32"), np.asarray(jnp.stack(parts), "float32"), rtol=2**-6, atol=2**-6
+        )
