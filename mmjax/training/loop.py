@@ -146,6 +146,7 @@ class Run:
                 loss, rate, left = meter.read(place.step, settings.steps)
                 self.progress.report(run.stage.name, place.step, settings.steps, loss, rate, left)
                 self.recorder.publish(before + place.step, rate)
+                self._look_at_faults(run, batches)
 
         def pause(step: int) -> bool:
             every = settings.checkpoint_every
