@@ -1,13 +1,16 @@
-"""Eight emulated devices for every test: the flags have to be set before jax is imported."""
+"""Eight emulated devices for every test: what stands here has to be set before jax is imported."""
 
 import os
 
 FLAGS = (
     "--xla_force_host_platform_device_count=8",
-    # Eight devices share the machine's cores: on a busy one they wait long for each other, and the defaults
-    # (40 s) would end the whole process.
+    # The devices share the machine's cores and wait long for each other on a busy one; the defaults (40 s)
+    # would end the whole process.
     "--xla_cpu_collective_call_terminate_timeout_seconds=300",
     "--xla_cpu_collective_timeout_seconds=300",
 )
 os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *FLAGS)).strip()
+# Each waiting collective holds a thread of XLA's pool. With one thread per device the devices can wait for
+# collectives in different orders until no thread is left: a deadlock that a larger pool does not have.
+os.environ.setdefault("NPROC", "64")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
