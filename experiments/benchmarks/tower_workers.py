@@ -1,0 +1,250 @@
+"""One measured process of `towers.py`: it builds one case in one library and times it on request.
+
+Started as `tower_workers.py LIBRARY FORM CASE FOLDER`. It writes one JSON line when it is ready, then reads
+lines with a number of calls and answers each with one JSON line. Nothing else goes to its standard output.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ADAMW = {"learning_rate": 1e-4, "b1": 0.9, "b2": 0.98, "eps": 1e-6, "weight_decay": 0.2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is computed.
+
+    Attributes:
+        model: "vit" (ViT-B/16 with 1000 classes, forward) or "clip" (CLIP ViT-B/32, one training step).
+        batch: images, and texts for "clip".
+        dtype: "float32" or "bfloat16", the dtype of activations and products.
+    """
+
+    model: str
+    batch: int
+    dtype: str
+
+    @classmethod
+    def parse(cls, name: str) -> Case:
+        """The inverse of `name`."""
+        model, batch, dtype = name.split("-")
+        return cls(model, int(batch), dtype)
+
+    @property
+    def name(self) -> str:
+        """For example "vit-8-float32"."""
+        return f"{self.model}-{self.batch}-{self.dtype}"
+
+
+@dataclasses.dataclass
+class Program:
+    """A case made ready in one library.
+
+    Attributes:
+        call: runs it once and waits for the result.
+        result: numbers by which the libraries are compared; called after the first `call`s.
+        compile_seconds: compiling, where that is a step of its own.
+    """
+
+    call: Callable[[], None]
+    result: Callable[[], list[float]]
+    compile_seconds: float | None = None
+
+
+def make_inputs(case: Case) -> dict[str, np.ndarray]:
+    """The same inputs for every library: pixels [B, H, W, C] and, for "clip", ids [B, T] that end in EOS."""
+    rng = np.random.default_rng(0)
+    inputs: dict[str, np.ndarray] = {
+        "pixel_values": rng.standard_normal((case.batch, 224, 224, 3), dtype=np.float32)
+    }
+    if case.model == "clip":
+        ids = rng.integers(0, 49405, (case.batch, 77)).astype(np.int32)
+        ids[:, -1] = 49407
+        inputs["input_ids"] = ids
+    return inputs
+
+
+def with_transformers(case: Case, form: str, folder: Path) -> Program:
+    """The case in torch; forms: "eager" or "compiled", with "autocast" or "weights" for bfloat16."""
+    import torch
+    from transformers import CLIPModel, ViTForImageClassification
+
+    inputs: dict[str, Any] = {}
+    for name, array in make_inputs(case).items():
+        tensor = torch.from_numpy(array)
+        inputs[name] = tensor.permute(0, 3, 1, 2).contiguous() if tensor.ndim == 4 else tensor.long()
+    family: Any = ViTForImageClassification if case.model == "vit" else CLIPModel
+    model = family.from_pretrained(folder, attn_implementation="sdpa", dtype=torch.float32)
+    if "weights" in form:
+        model = model.to(torch.bfloat16)
+        inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
+    if "compiled" in form:
+        model.compile()
+    build = _torch_forward if case.model == "vit" else _torch_training
+    return build(model, inputs, "autocast" in form)
+
+
+def _torch_forward(model: Any, inputs: Any, autocast: bool) -> Program:
+    import torch
+
+    model.eval()
+    seen: list[Any] = []
+
+    def infer() -> None:
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            seen[:] = [model(**inputs).logits]
+
+    return Program(infer, lambda: seen[0][:2, :64].float().flatten().tolist())
+
+
+def _torch_training(model: Any, inputs: Any, autocast: bool) -> Program:
+    import torch
+
+    model.train()
+    betas = (ADAMW["b1"], ADAMW["b2"])
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=ADAMW["learning_rate"],
+        betas=betas,
+        eps=ADAMW["eps"],
+        weight_decay=ADAMW["weight_decay"],
+        fused=True,
+    )
+    losses: list[float] = []
+
+    def train() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(**inputs, return_loss=True).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+
+    return Program(train, lambda: losses[:3])
+
+
+def with_mmjax(case: Case, form: str, folder: Path) -> Program:
+    """The case in mmjax; forms: "jit", and "jit weights" for parameters that are bfloat16 too."""
+    import jax
+
+    import mmjax
+    from mmjax.nn import Execution
+
+    stored = "bfloat16" if "weights" in form else "float32"
+    model, params, _ = mmjax.load(folder, dtype=stored, execution=Execution(dtype=case.dtype))
+    inputs = jax.device_put(make_inputs(case))
+    return (_mmjax_forward if case.model == "vit" else _mmjax_training)(model, params, inputs)
+
+
+def _mmjax_forward(model: Any, params: Any, inputs: Any) -> Program:
+    import jax
+
+    jitted = jax.jit(lambda params, inputs: model.apply({"params": params}, **inputs).logits)
+    forward, seconds = _compile(jitted, params, inputs)
+    seen: list[Any] = []
+
+    def infer() -> None:
+        seen[:] = [jax.block_until_ready(forward(params, inputs))]
+
+    return Program(infer, lambda: np.asarray(seen[0][:2, :64], np.float32).ravel().tolist(), seconds)
+
+
+def _mmjax_training(model: Any, params: Any, inputs: Any) -> Program:
+    """mmjax's own train state and step, with plain AdamW over every parameter."""
+    import jax
+    import optax
+
+    from mmjax.training.state import create_state, flatten
+    from mmjax.training.step import make_train_step
+    from mmjax.training.tasks import Contrastive
+
+    optimizer = optax.adamw(**ADAMW)
+    flat = flatten(params)
+    states = [create_state(flat, frozenset(flat), optimizer, jax.random.key(0))]
+    train_step = make_train_step(model, Contrastive(), optimizer)
+    step, seconds = _compile(jax.jit(train_step, donate_argnums=0), states[0], inputs)
+    losses: list[float] = []
+
+    def train() -> None:
+        state, metrics = step(states.pop(), inputs)
+        states.append(jax.block_until_ready(state))
+        losses.append(float(metrics["loss"]))
+
+    return Program(train, lambda: losses[:3], seconds)
+
+
+def _compile(jitted: Any, *args: Any) -> tuple[Any, float]:
+    start = time.perf_counter()
+    compiled = jitted.lower(*args).compile()
+    return compiled, time.perf_counter() - start
+
+
+LIBRARIES = {"transformers": with_transformers, "mmjax": with_mmjax}
+
+
+def busy_seconds() -> float | None:
+    """CPU seconds that all processes of this machine have used; None where the system does not tell."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    except OSError:
+        return None
+    user, nice, system, _, _, irq, softirq = map(int, fields[:7])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def timed(call: Callable[[], None], number: int) -> dict[str, float]:
+    """Seconds and processor seconds per call, and the share of the machine that other processes took."""
+    busy, own, start = busy_seconds(), time.process_time(), time.perf_counter()
+    for _ in range(number):
+        call()
+    wall = time.perf_counter() - start
+    used = time.process_time() - own
+    others = 0.0 if busy is None else (busy_seconds() or 0.0) - busy - used
+    share = max(0.0, others) / (wall * (os.cpu_count() or 1))
+    return {"seconds": wall / number, "processor": used / number, "others": share}
+
+
+def main() -> None:
+    """Build the case, report, then time calls until standard input ends."""
+    library, form, case_name, folder = sys.argv[1:5]
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print goes to standard error
+
+    def answer(values: dict[str, Any]) -> None:
+        answers.write(json.dumps(values) + "\n")
+        answers.flush()
+
+    program = LIBRARIES[library](Case.parse(case_name), form, Path(folder))
+    first = timed(program.call, 1)["seconds"]
+    warm = timed(program.call, 2)["seconds"]
+    answer(
+        {
+            "first": first,
+            "warm": warm,
+            "compile": program.compile_seconds,
+            "result": program.result(),
+        }
+    )
+    for line in sys.stdin:
+        answer({**timed(program.call, int(line)), "peak": peak_bytes()})
+
+
+if __name__ == "__main__":
+    main()
