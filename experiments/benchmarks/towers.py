@@ -32,6 +32,8 @@ TURN_SECONDS = 1.5  # a turn lasts about this long
 CASES = [
     Case("vit", 8, "float32"),
     Case("vit", 8, "bfloat16"),
+    Case("vit", 32, "float32"),
+    Case("vit", 32, "bfloat16"),
     Case("clip", 32, "float32"),
     Case("clip", 32, "bfloat16"),
 ]
@@ -228,7 +230,8 @@ def table(results: list[dict[str, Any]], about: dict[str, Any], rounds: int) -> 
         "Every form. For mmjax compiling is apart from the first call; torch.compile compiles in its first "
         "call. Peak memory is the process's high-water mark, libraries included.",
         "",
-        "| case | dtype | library | form | median | processor time | compile | first call | peak memory | noisy turns |",
+        "| case | dtype | library | form | median | processor time | compile | first call | peak memory "
+        "| noisy turns |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
