@@ -5,15 +5,27 @@ from typing import TYPE_CHECKING
 from mmjax.lazy import attach
 
 if TYPE_CHECKING:
-    from mmjax.language.config import TextConfig
+    from mmjax.language.config import DecoderConfig, ExpertsConfig, TextConfig
+    from mmjax.language.decoder import Decoder, DecoderOutput
     from mmjax.language.text_encoder import TextOutput, TextTransformer
     from mmjax.language.tokenizer import Tokenizer, train_clip_tokenizer
 
 _HOMES = {
-    "config": ("TextConfig",),
+    "config": ("DecoderConfig", "ExpertsConfig", "TextConfig"),
+    "decoder": ("Decoder", "DecoderOutput"),
     "text_encoder": ("TextOutput", "TextTransformer"),
     "tokenizer": ("Tokenizer", "train_clip_tokenizer"),
 }
 __getattr__, __dir__ = attach(__name__, _HOMES)
 
-__all__ = ["TextConfig", "TextOutput", "TextTransformer", "Tokenizer", "train_clip_tokenizer"]
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "DecoderOutput",
+    "ExpertsConfig",
+    "TextConfig",
+    "TextOutput",
+    "TextTransformer",
+    "Tokenizer",
+    "train_clip_tokenizer",
+]

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from mmjax.lazy import attach
 
 if TYPE_CHECKING:
+    from mmjax.models.causal_lm import CausalLM, CausalLMOutput
     from mmjax.models.clip import (
         CLIPConfig,
         CLIPForImageClassification,
@@ -38,6 +39,8 @@ __all__ = [
     "CLIPVisionConfig",
     "CLIPVisionModel",
     "CLIPVisionModelWithProjection",
+    "CausalLM",
+    "CausalLMOutput",
     "Processor",
     "SiglipConfig",
     "SiglipForImageClassification",
@@ -51,7 +54,7 @@ __all__ = [
     "ViTForMaskedImageModeling",
     "ViTModel",
 ]
-_FAMILIES = {"CLIP": "clip", "Siglip": "siglip", "ViT": "vit"}
+_FAMILIES = {"CLIP": "clip", "Causal": "causal_lm", "Siglip": "siglip", "ViT": "vit"}
 _HOMES = {
     home: tuple(name for name in __all__ if name.startswith(prefix)) for prefix, home in _FAMILIES.items()
 }

@@ -32,7 +32,7 @@ class Family:
     rules: Callable[[Model], KeyRules]
 
 
-# model_type in config.json to the module that has FAMILY; imported when needed.
+# model_type in config.json to the module that has FAMILY, or FAMILIES by model_type; imported when needed.
 FAMILIES: Mapping[str, str] = MappingProxyType(
     {
         "clip": "mmjax.models.clip",
@@ -42,6 +42,7 @@ FAMILIES: Mapping[str, str] = MappingProxyType(
         "siglip_text_model": "mmjax.models.siglip",
         "siglip_vision_model": "mmjax.models.siglip",
         "vit": "mmjax.models.vit",
+        **dict.fromkeys(("llama",), "mmjax.models.causal_lm"),
     }
 )
 
@@ -57,7 +58,13 @@ def family_of_type(model_type: Any, where: str) -> Family:
             f"{where}: model_type {short(model_type)} is not a family that mmjax knows; "
             f"it knows {', '.join(FAMILIES)}"
         )
-    return importlib.import_module(FAMILIES[model_type]).FAMILY
+    return _families_in(FAMILIES[model_type], model_type)[model_type]
+
+
+def _families_in(module: str, model_type: str = "") -> Mapping[str, Family]:
+    """The families that a module declares, by model_type (one for all its types, or one for each)."""
+    found = importlib.import_module(module)
+    return getattr(found, "FAMILIES", None) or {model_type: found.FAMILY}
 
 
 def family_of_model(model: Model) -> tuple[Family, str]:
@@ -67,10 +74,12 @@ def family_of_model(model: Model) -> tuple[Family, str]:
         ConfigError: the model's class belongs to no family.
     """
     for module in dict.fromkeys(FAMILIES.values()):
-        family: Family = importlib.import_module(module).FAMILY
-        for architecture, cls in family.architectures.items():
-            if type(model) is cls:
-                return family, architecture
+        for model_type, family in _families_in(module).items():
+            if model_type and model_type != model.config.model_type:
+                continue
+            for architecture, cls in family.architectures.items():
+                if type(model) is cls:
+                    return family, architecture
     raise ConfigError(f"{type(model).__name__} is not a model class of a family that mmjax knows")
 
 
@@ -91,6 +100,8 @@ def choose_architecture(family: Family, hub: Mapping[str, Any], where: str) -> s
             f"{where}: architecture {short(named[0])} is not supported; "
             f"this family has {', '.join(family.architectures)}"
         )
+    if len(family.architectures) == 1:
+        return next(iter(family.architectures))
     by_type: dict[str, str] = {}
     for name, cls in family.architectures.items():
         by_type.setdefault(cls.model_type, name)

@@ -2,12 +2,24 @@
 
 from mmjax.nn.activations import ACTIVATIONS, activation, gelu_erf, gelu_tanh, quick_gelu
 from mmjax.nn.attention import attention, causal_mask, combine_masks, merge_heads, padding_mask, split_heads
+from mmjax.nn.cache import KVCache, claim_slots, init_cache, write_slots
 from mmjax.nn.config import Execution, TransformerConfig, canonical_dtype
-from mmjax.nn.encoder import Encoder, EncoderOutput
-from mmjax.nn.functional import dense, dropout, l2_normalize, layer_norm
-from mmjax.nn.modules import MLP, Attention, Dense, Embedding, EncoderLayer, LayerNorm, param
+from mmjax.nn.encoder import Encoder, EncoderOutput, run_layers
+from mmjax.nn.functional import dense, dropout, l2_normalize, layer_norm, rms_norm, softcap
+from mmjax.nn.modules import (
+    MLP,
+    Attention,
+    Dense,
+    Embedding,
+    EncoderLayer,
+    FeedForward,
+    LayerNorm,
+    RMSNorm,
+    param,
+)
 from mmjax.nn.outputs import ModelOutput
 from mmjax.nn.patches import interpolate_positions, patchify, unpatchify
+from mmjax.nn.rope import RopeConfig, RopeScaling, apply_rope, rope_angles, rope_frequencies, rope_tables
 from mmjax.nn.specs import parameter_specs
 
 __all__ = [
@@ -20,18 +32,26 @@ __all__ = [
     "EncoderLayer",
     "EncoderOutput",
     "Execution",
+    "KVCache",
     "LayerNorm",
+    "FeedForward",
     "ModelOutput",
+    "RMSNorm",
+    "RopeConfig",
+    "RopeScaling",
     "TransformerConfig",
     "activation",
+    "apply_rope",
     "attention",
     "canonical_dtype",
     "causal_mask",
+    "claim_slots",
     "combine_masks",
     "dense",
     "dropout",
     "gelu_erf",
     "gelu_tanh",
+    "init_cache",
     "interpolate_positions",
     "l2_normalize",
     "layer_norm",
@@ -41,6 +61,13 @@ __all__ = [
     "parameter_specs",
     "patchify",
     "quick_gelu",
+    "rms_norm",
+    "rope_angles",
+    "rope_frequencies",
+    "rope_tables",
+    "run_layers",
+    "softcap",
     "split_heads",
     "unpatchify",
+    "write_slots",
 ]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.nn.functional import accumulator, dropout
+from mmjax.nn.functional import softcap as capped
 
 Array = jax.Array
 
@@ -38,6 +39,7 @@ def attention(
     mask: Array | None = None,
     *,
     scale: float | None = None,
+    softcap: float | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
 ) -> tuple[Array, Array]:
@@ -51,6 +53,7 @@ def attention(
         value: [B, K, S, H].
         mask: bool, broadcastable to [B, N, T, S]; True where attention is allowed.
         scale: None means H ** -0.5.
+        softcap: bounds the logits before the mask (Gemma 2); None means no bound.
         dropout_rate, dropout_key: dropout on the weights; no key, no dropout.
 
     Returns:
@@ -64,18 +67,21 @@ def attention(
     """
     chex.assert_rank([query, key, value], 4)
     chex.assert_equal_shape([key, value])
-    heads, kv_heads = query.shape[1], key.shape[1]
-    if heads != kv_heads:
-        key, value = (jnp.repeat(x, heads // kv_heads, axis=1) for x in (key, value))
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    batch, heads, length, width = query.shape
+    kv_heads = key.shape[1]
+    scale = width**-0.5 if scale is None else scale
     sums = accumulator(query.dtype)
-    logits = jnp.einsum("bnth,bnsh->bnts", query, key, preferred_element_type=sums) * scale
+    # The queries that share a key head are rows of one product, so that no key is copied.
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads * length, width)
+    logits = jnp.einsum("bkth,bksh->bkts", grouped, key, preferred_element_type=sums) * scale
+    logits = capped(logits.reshape(batch, heads, length, -1), softcap)
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(sums).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
     dropped = dropout(weights, dropout_rate, dropout_key)
-    out = jnp.einsum("bnts,bnsh->bnth", dropped, value, preferred_element_type=sums)
-    return out.astype(query.dtype), weights
+    dropped = dropped.reshape(*grouped.shape[:3], -1)
+    out = jnp.einsum("bkts,bksh->bkth", dropped, value, preferred_element_type=sums)
+    return out.astype(query.dtype).reshape(query.shape), weights
 
 
 def causal_mask(length: int) -> Array:

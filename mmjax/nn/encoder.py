@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -73,8 +74,8 @@ class Encoder(nn.Module):
         run = jax.checkpoint(run) if self.execution.remat else run
         params = [self.variables["params"][f"layers_{i}"] for i in range(depth)]
         keys = [None] * depth if key is None else list(jax.random.split(key, depth))
-        scan = self.execution.scan_layers and depth > 1
-        x, per_layer = (_scanned if scan else _unrolled)(run, x, params, keys)
+        layers_in = list(zip(params, keys, strict=True))
+        x, per_layer = run_layers(run, x, layers_in, scan=self.execution.scan_layers)
         return EncoderOutput(
             last_hidden_state=x,
             hidden_states=(*(states for states, _ in per_layer), x) if output_hidden_states else None,
@@ -82,21 +83,37 @@ class Encoder(nn.Module):
         )
 
 
-def _unrolled(run: Any, x: Array, params: list[Any], keys: list[Any]) -> tuple[Array, list[Any]]:
-    per_layer = []
-    for index, (layer_params, key) in enumerate(zip(params, keys, strict=True)):
+def run_layers(
+    run: Callable[..., tuple[Array, Any]], x: Array, layers: Sequence[tuple[Any, ...]], *, scan: bool
+) -> tuple[Array, list[Any]]:
+    """Put x through every layer in turn.
+
+    Args:
+        run: (x, *what the layer has) to the next x and whatever else is to be kept of the layer.
+        x: [B, T, D].
+        layers: per layer what it has, pytrees of arrays: parameters, a key, a part of the cache.
+        scan: one compiled layer in a loop, if all have the same shapes; otherwise one after the other.
+
+    Returns:
+        The last x, and what each layer kept.
+
+    >>> y, kept = run_layers(lambda x, a: (x + a, x), jnp.zeros(1), [(1.0,), (2.0,)], scan=False)
+    >>> float(y[0]), len(kept)
+    (3.0, 2)
+    """
+    return (_scanned if scan and len(layers) > 1 else _unrolled)(run, x, layers)
+
+
+def _unrolled(run: Any, x: Array, layers: Sequence[tuple[Any, ...]]) -> tuple[Array, list[Any]]:
+    kept = []
+    for index, layer in enumerate(layers):
         with jax.named_scope(f"layers_{index}"):
-            x, extras = run(x, layer_params, key)
-        per_layer.append(extras)
-    return x, per_layer
+            x, extras = run(x, *layer)
+        kept.append(extras)
+    return x, kept
 
 
-def _scanned(run: Any, x: Array, params: list[Any], keys: list[Any]) -> tuple[Array, list[Any]]:
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-    stacked_keys = None if keys[0] is None else jnp.stack(keys)
-    x, extras = jax.lax.scan(lambda x, args: run(x, *args), x, (stacked, stacked_keys))
-    hidden, weights = extras
-    return x, [
-        (None if hidden is None else hidden[i], None if weights is None else weights[i])
-        for i in range(len(params))
-    ]
+def _scanned(run: Any, x: Array, layers: Sequence[tuple[Any, ...]]) -> tuple[Array, list[Any]]:
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    x, extras = jax.lax.scan(lambda x, layer: run(x, *layer), x, stacked)
+    return x, [jax.tree.map(lambda leaf, i=i: leaf[i], extras) for i in range(len(layers))]

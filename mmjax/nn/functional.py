@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mmjax.nn.kernels import StoredKernel
+
 Array = jax.Array
 
 
@@ -21,14 +23,17 @@ def accumulator(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def dense(x: Array, kernel: Array, bias: Array | None = None, *, dtype: Any = None) -> Array:
+def dense(
+    x: Array, kernel: Array, bias: Array | None = None, *, dtype: Any = None, keep_sums: bool = False
+) -> Array:
     """x @ kernel + bias, summed in float32.
 
     Args:
         x: [..., D].
-        kernel: [D, F].
+        kernel: [D, F], an array or a `StoredKernel`.
         bias: [F] or None.
         dtype: dtype of the factors and of the result; None means the kernel's.
+        keep_sums: return the sums as they are, in at least float32.
 
     Returns:
         [..., F] in `dtype`.
@@ -39,11 +44,14 @@ def dense(x: Array, kernel: Array, bias: Array | None = None, *, dtype: Any = No
     (2, 4)
     """
     dtype = jnp.dtype(kernel.dtype if dtype is None else dtype)
-    product = _product if accumulator(dtype) == dtype else _narrow_product
-    y = product(x.astype(dtype), kernel, dtype)
+    if isinstance(kernel, StoredKernel):
+        y = kernel.product(x.astype(dtype), dtype)
+    else:
+        product = _product if accumulator(dtype) == dtype else _narrow_product
+        y = product(x.astype(dtype), kernel, dtype)
     if bias is not None:
         y = y + bias.astype(y.dtype)
-    return y.astype(dtype)
+    return y if keep_sums else y.astype(dtype)
 
 
 def _product(x: Array, kernel: Array, dtype: Any) -> Array:
@@ -78,12 +86,12 @@ def _narrow_product_bwd(dtype: Any, factors: tuple[Array, Array], g: Array) -> t
 _narrow_product.defvjp(_narrow_product_fwd, _narrow_product_bwd)
 
 
-def layer_norm(x: Array, scale: Array, bias: Array, *, eps: float) -> Array:
+def layer_norm(x: Array, scale: Array | None, bias: Array | None, *, eps: float) -> Array:
     """Normalise the last axis to mean 0 and variance 1, then scale and shift; in at least float32.
 
     Args:
         x: [..., D].
-        scale, bias: [D].
+        scale, bias: [D]; None means one and zero.
         eps: added to the variance.
 
     Returns:
@@ -98,8 +106,42 @@ def layer_norm(x: Array, scale: Array, bias: Array, *, eps: float) -> Array:
     centred = y - y.mean(axis=-1, keepdims=True)
     # Two passes: E[x^2] - E[x]^2 cancels when the mean is large.
     variance = jnp.square(centred).mean(axis=-1, keepdims=True)
-    y = centred * lax.rsqrt(variance + eps) * scale.astype(y.dtype) + bias.astype(y.dtype)
+    y = centred * lax.rsqrt(variance + eps)
+    y = y if scale is None else y * scale.astype(y.dtype)
+    y = y if bias is None else y + bias.astype(y.dtype)
     return y.astype(x.dtype)
+
+
+def rms_norm(x: Array, scale: Array, *, eps: float, offset: float = 0.0) -> Array:
+    """Divide the last axis by its root mean square, then scale; in at least float32.
+
+    Args:
+        x: [..., D].
+        scale: [D].
+        eps: added to the mean square.
+        offset: added to the scale (1 for Gemma, whose scales are kept around zero).
+
+    Returns:
+        [..., D] in x's dtype.
+
+    Source: Zhang & Sennrich 2019, equation 4.
+
+    >>> rms_norm(jnp.array([3.0, 3.0]), jnp.ones(2), eps=0.0).tolist()
+    [1.0, 1.0]
+    """
+    y = x.astype(accumulator(x.dtype))
+    mean_square = jnp.square(y).mean(axis=-1, keepdims=True)
+    y = y * lax.rsqrt(mean_square + eps) * (scale.astype(y.dtype) + offset)
+    return y.astype(x.dtype)
+
+
+def softcap(x: Array, cap: float | None) -> Array:
+    """cap * tanh(x / cap): x where it is small, never beyond the cap; None means x itself.
+
+    >>> softcap(jnp.array([0.0, 1e9]), 30.0).tolist()
+    [0.0, 30.0]
+    """
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:

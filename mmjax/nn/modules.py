@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from mmjax.nn.activations import activation
 from mmjax.nn.attention import attention, merge_heads, split_heads
 from mmjax.nn.config import Execution, TransformerConfig
-from mmjax.nn.functional import dense, dropout, layer_norm
+from mmjax.nn.functional import dense, dropout, layer_norm, rms_norm
 from mmjax.nn.initializers import Initializer, layer_kernel, lecun_normal, normal, ones, zeros
 from mmjax.parallel import LogicalAxes
 
@@ -58,17 +58,33 @@ class Dense(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer norm over the last axis with a learned scale and bias."""
+    """Layer norm over the last axis, with a learned scale and bias unless `affine` is False."""
 
     eps: float
+    affine: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """[..., D] to [..., D]."""
+        if not self.affine:
+            return layer_norm(x, None, None, eps=self.eps)
         shape = (x.shape[-1],)
         scale = param(self, "scale", ones, shape, (None,))
         bias = param(self, "bias", zeros, shape, (None,))
         return layer_norm(x, scale, bias, eps=self.eps)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis; what multiplies is the learned scale plus `offset`."""
+
+    eps: float
+    offset: float = 0.0
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., D] to [..., D]."""
+        scale = param(self, "scale", zeros if self.offset else ones, (x.shape[-1],), (None,))
+        return rms_norm(x, scale, eps=self.eps, offset=self.offset)
 
 
 class Embedding(nn.Module):
@@ -118,6 +134,32 @@ class MLP(nn.Module):
             execution=self.execution,
             name="fc2",
         )(x)
+
+
+class FeedForward(nn.Module):
+    """act(gate) * up, then down; without a gate act(up), then down."""
+
+    features: int
+    act: str
+    gated: bool = True
+    use_bias: bool = False
+    kernel_init: Initializer = lecun_normal
+    execution: Execution = Execution()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """[..., D] to [..., D] through [..., F]."""
+
+        def project(name: str, features: int, axes: LogicalAxes) -> Dense:
+            return Dense(features, axes, self.use_bias, self.kernel_init, self.execution, name=name)
+
+        up = project("up_proj", self.features, ("embed", "mlp"))(x)
+        if self.gated:
+            gate = project("gate_proj", self.features, ("embed", "mlp"))(x)
+            up = activation(self.act)(gate) * up
+        else:
+            up = activation(self.act)(up)
+        return project("down_proj", x.shape[-1], ("mlp", "embed"))(up)
 
 
 class Attention(nn.Module):

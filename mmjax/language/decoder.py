@@ -1,0 +1,321 @@
+"""The decoder: embeddings, masks and positions, the layers, the last norm, the output product."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mmjax.errors import ConfigError
+from mmjax.language.config import DecoderConfig
+from mmjax.language.decoder_layers import DecoderLayer, make_norm
+from mmjax.nn import (
+    Dense,
+    Embedding,
+    Execution,
+    KVCache,
+    ModelOutput,
+    causal_mask,
+    claim_slots,
+    combine_masks,
+    dense,
+    padding_mask,
+    param,
+    rope_tables,
+    run_layers,
+    softcap,
+)
+from mmjax.nn.initializers import normal
+
+Array = jax.Array
+
+
+class DecoderOutput(ModelOutput):
+    """What the decoder returns.
+
+    Attributes:
+        last_hidden_state: [B, T, D], after the last norm.
+        hidden_states: the input of every layer, then last_hidden_state, L + 1 arrays, on request.
+        attentions: L arrays [B, N, T, S], on request.
+        cache: with the new tokens, where one was given.
+    """
+
+    last_hidden_state: Array
+    hidden_states: tuple[Array, ...] | None = None
+    attentions: tuple[Array, ...] | None = None
+    cache: KVCache | None = None
+
+
+def token_positions(token_mask: Array, segment_ids: Array | None = None) -> Array:
+    """How many tokens of its row, or of its segment, come before each token.
+
+    Args:
+        token_mask: bool [B, T], False for padding.
+        segment_ids: int [B, T]; the count starts again where the number changes.
+
+    Returns:
+        int32 [B, T]; padding has the position of the token before it, or -1.
+
+    >>> token_positions(jnp.array([[False, True, True]])).tolist()
+    [[-1, 0, 1]]
+    >>> token_positions(jnp.ones((1, 4), bool), jnp.array([[1, 1, 2, 2]])).tolist()
+    [[0, 1, 0, 1]]
+    """
+    counts = jnp.cumsum(token_mask, axis=1, dtype=jnp.int32)
+    if segment_ids is None:
+        return counts - 1
+    starts = segment_ids != jnp.pad(segment_ids, ((0, 0), (1, 0)), mode="edge")[:, :-1]
+    before = jnp.where(starts, counts - token_mask, 0)
+    return counts - 1 - lax.cummax(before, axis=1)
+
+
+def attention_masks(
+    token_mask: Array | None, length: int, window: int | None, segment_ids: Array | None = None
+) -> tuple[Array, Array]:
+    """What tokens see of each other: what came before, in their own segment, and not padding.
+
+    Args:
+        token_mask: bool [B, T], or None for no padding.
+        length: T.
+        window: how many tokens back the second mask allows, the token itself included; None: all.
+        segment_ids: int [B, T] or None.
+
+    Returns:
+        The masks of full and of sliding layers, bool [B or 1, 1, T, T].
+
+    >>> full, sliding = attention_masks(None, 3, 2)
+    >>> full[0, 0, 2].tolist(), sliding[0, 0, 2].tolist()
+    ([True, True, True], [False, True, True])
+    """
+    same = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    padding = None if token_mask is None else padding_mask(token_mask)
+    full = combine_masks(causal_mask(length), padding, same)
+    assert full is not None
+    if window is None:
+        return full, full
+    positions = jnp.arange(length)[None] if token_mask is None else token_positions(token_mask)
+    return full, full & within(positions, positions, window)
+
+
+def cache_masks(cache: KVCache, positions: Array, window: int | None) -> tuple[Array, Array]:
+    """What new tokens see of the cache, in which they have their slots already.
+
+    Args:
+        cache: with the new tokens' slots claimed, the cursor at the first of them.
+        positions: int [B, T], as `claim_slots` gives them.
+        window: as in `attention_masks`.
+
+    Returns:
+        The masks of full and of sliding layers, bool [B, 1, T, S].
+    """
+    slots = jnp.arange(cache.length)
+    earlier = slots[None, :] <= cache.cursor + jnp.arange(positions.shape[1])[:, None]
+    full = earlier[None, None] & padding_mask(cache.mask)
+    return full, full if window is None else full & within(positions, cache.positions, window)
+
+
+def within(query: Array, key: Array, window: int) -> Array:
+    """bool [B, 1, T, S]: whether a key's position [B, S] is less than `window` before the query's [B, T].
+
+    >>> within(jnp.array([[5]]), jnp.array([[3, 4]]), 2)[0, 0].tolist()
+    [[False, True]]
+    """
+    return (query[:, None, :, None] - key[:, None, None, :]) < window
+
+
+class OutputKernel(nn.Module):
+    """The kernel [D, V] of the output product."""
+
+    features: int
+    size: int
+    std: float
+
+    def setup(self) -> None:
+        self.kernel = param(self, "kernel", normal(self.std), (self.features, self.size), ("embed", "vocab"))
+
+    def __call__(self) -> Array:
+        """The kernel itself."""
+        return self.kernel
+
+
+class Decoder(nn.Module):
+    """Embeddings to hidden states; see DecoderConfig for what varies."""
+
+    config: DecoderConfig
+    execution: Execution = Execution()
+
+    def setup(self) -> None:
+        config = self.config
+        width, init = config.embedding_width, normal(config.initializer_range)
+        self.embed_tokens = Embedding(config.vocab_size, width, ("vocab", "embed"), init, self.execution)
+        if config.positions == "learned":
+            rows = config.max_position_embeddings + config.position_offset
+            self.embed_positions = Embedding(
+                rows, config.hidden_size, table_init=init, execution=self.execution
+            )
+        if width != config.hidden_size:
+            bare: dict[str, Any] = {"use_bias": False, "kernel_init": init, "execution": self.execution}
+            self.project_in = Dense(config.hidden_size, (None, "embed"), **bare)
+            self.project_out = Dense(width, ("embed", None), **bare)
+        self.layers = [
+            DecoderLayer(config, self.execution, self.has_experts(i)) for i in range(config.num_hidden_layers)
+        ]
+        if config.final_norm:
+            self.norm = make_norm(config, "norm")
+
+    def has_experts(self, index: int) -> bool:
+        """Whether layer `index` has experts in place of one perceptron."""
+        return self.config.experts is not None and self.config.experts.in_layer(index)
+
+    def embed(self, input_ids: Array) -> Array:
+        """int [B, T] to embeddings [B, T, D], scaled where the family scales them."""
+        x = self.embed_tokens(input_ids)
+        scale = jnp.asarray(self.config.hidden_size**0.5, x.dtype)
+        return x * scale if self.config.scale_embeddings else x
+
+    def __call__(
+        self,
+        inputs_embeds: Array,
+        attention_mask: Array | None = None,
+        position_ids: Array | None = None,
+        segment_ids: Array | None = None,
+        cache: KVCache | None = None,
+        *,
+        key: Array | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> DecoderOutput:
+        """Run the layers.
+
+        Args:
+            inputs_embeds: [B, T, D] (OPT: of the embeddings' width).
+            attention_mask: [B, T], non-zero for tokens; None means all are.
+            position_ids: int [B, T] or [A, B, T]; None counts the tokens, on from the cache.
+            segment_ids: int [B, T]; tokens see only those of their own number. Not with a cache.
+            cache: the tokens so far.
+            key: PRNG key for dropout; None means none.
+            output_hidden_states, output_attentions: whether to return them.
+        """
+        batch, length = self._check(inputs_embeds, attention_mask, position_ids, segment_ids, cache)
+        window = self.config.sliding_window
+        token_mask = None if attention_mask is None else attention_mask != 0
+        given = jnp.ones((batch, length), bool) if token_mask is None else token_mask
+        if cache is not None:
+            cache, positions = claim_slots(cache, given)
+            masks = cache_masks(cache, positions, window)
+        else:
+            positions = token_positions(given, segment_ids)
+            masks = attention_masks(token_mask, length, window, segment_ids)
+        position_ids = positions if position_ids is None else position_ids
+        x = inputs_embeds.astype(self.execution.dtype or inputs_embeds.dtype)
+        if self.config.embedding_width != self.config.hidden_size:
+            x = self.project_in(x)
+        rope = None
+        if self.config.positions == "rope":
+            rope = rope_tables(self.config.rope, position_ids)
+        else:
+            x = x + self.embed_positions(position_ids + self.config.position_offset)
+        keep = (output_hidden_states, output_attentions)
+        x, kept, cache = self._run(x, masks, rope, cache, key, keep)
+        if self.config.final_norm:
+            x = self.norm(x)
+        if self.config.embedding_width != self.config.hidden_size:
+            x = self.project_out(x)
+        return DecoderOutput(
+            last_hidden_state=x,
+            hidden_states=(*(states for states, _ in kept), x) if output_hidden_states else None,
+            attentions=tuple(weights for _, weights in kept) if output_attentions else None,
+            cache=cache,
+        )
+
+    def _check(
+        self, x: Array, mask: Array | None, position_ids: Array | None, segments: Array | None, cache: Any
+    ) -> tuple[int, int]:
+        chex.assert_shape(x, (None, None, self.config.embedding_width))
+        batch, length = x.shape[:2]
+        for name, value in (("attention_mask", mask), ("segment_ids", segments)):
+            if value is not None and value.shape != (batch, length):
+                raise ConfigError(
+                    f"{name}: shape {value.shape}, but there are {batch} rows of {length} tokens"
+                )
+        if position_ids is not None and position_ids.shape[-2:] not in ((batch, length), (1, length)):
+            raise ConfigError(
+                f"position_ids: shape {position_ids.shape}, but there are {batch} rows of {length} tokens"
+            )
+        if cache is not None and segments is not None:
+            raise ConfigError("segment_ids: packed rows cannot be cached; leave out one of the two")
+        if cache is not None and (cache.batch_size, len(cache.keys)) != (batch, len(self.layers)):
+            raise ConfigError(
+                f"cache: made for {cache.batch_size} rows and {len(cache.keys)} layers, "
+                f"but there are {batch} and {len(self.layers)}"
+            )
+        longest = self.config.max_position_embeddings
+        if self.config.positions == "learned" and length > longest:
+            raise ConfigError(f"input_ids: {length} tokens, but the model has {longest} positions")
+        return batch, length
+
+    def _run(
+        self, x: Array, masks: tuple[Array, Array], rope: Any, cache: KVCache | None, key: Any, keep: Any
+    ) -> tuple[Array, list[Any], KVCache | None]:
+        """The layers in turn: the last x, (hidden states, weights) of each, and the cache."""
+        config, depth = self.config, len(self.layers)
+        full, sliding = masks
+        slides = [config.slides(i) for i in range(depth)]
+        if self.is_initializing():
+            for layer in self.layers:
+                x, _, _ = layer(x, full, rope)
+            return x, [], cache
+        cursor = None if cache is None else cache.cursor
+
+        def make_run(has_experts: bool) -> Any:
+            pure_layer = DecoderLayer(config, self.execution, has_experts, parent=None)
+
+            def run(x: Array, params: Any, key: Any, slides: Array, cached: Any) -> Any:
+                mask = jnp.where(slides, sliding, full) if mixed else (sliding if all_slide else full)
+                y, weights, cached = pure_layer.apply({"params": params}, x, mask, rope, cached, cursor, key)
+                return y, ((x if keep[0] else None, weights if keep[1] else None), cached)
+
+            return jax.checkpoint(run) if self.execution.remat else run
+
+        all_slide, mixed = all(slides), any(slides) and not all(slides)
+        params = [self.variables["params"][f"layers_{i}"] for i in range(depth)]
+        keys = [None] * depth if key is None else list(jax.random.split(key, depth))
+        slots = [None] * depth if cache is None else list(zip(cache.keys, cache.values, strict=True))
+        flags = [jnp.asarray(value) for value in slides]
+        layers = list(zip(params, keys, flags, slots, strict=True))
+        results: list[Any] = []
+        # Layers with experts have other parameters: each run of equal layers is a loop of its own.
+        for has_experts, group in itertools.groupby(range(depth), self.has_experts):
+            part = [layers[i] for i in group]
+            x, extras = run_layers(make_run(has_experts), x, part, scan=self.execution.scan_layers)
+            results += extras
+        if cache is not None:
+            cache = cache.replace(  # type: ignore[attr-defined]
+                keys=tuple(new[0] for _, new in results),
+                values=tuple(new[1] for _, new in results),
+                cursor=cache.cursor + x.shape[1],
+            )
+        return x, [kept for kept, _ in results], cache
+
+
+def vocabulary_logits(hidden: Array, kernel: Array, *, cap: float | None = None, dtype: Any = None) -> Array:
+    """Scores of the vocabulary.
+
+    Args:
+        hidden: [..., D].
+        kernel: [D, V].
+        cap: bound of the scores, or None.
+        dtype: of the factors; None means the kernel's.
+
+    Returns:
+        [..., V] in at least float32.
+
+    >>> vocabulary_logits(jnp.ones((1, 2), jnp.bfloat16), jnp.ones((2, 3), jnp.bfloat16)).dtype.name
+    'float32'
+    """
+    return softcap(dense(hidden, kernel, dtype=dtype, keep_sums=True), cap)
