@@ -75,7 +75,11 @@ def _dispatch(arguments: list[str], debug: bool) -> int:
     parser = CommandParser(f"mmjax {name}", module.__doc__ or "")
     module.configure(parser)
     add_debug(parser)
-    return module.run(parser.parse_args(rest))
+    # Some take options that argparse cannot know, such as the fields of an experiment.
+    parse = getattr(module, "parse", None)
+    options = parse(parser, rest) if parse else parser.parse_args(rest)
+    options.debug = debug
+    return module.run(options)
 
 
 def _one_line(error: BaseException) -> str:

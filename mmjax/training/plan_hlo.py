@@ -1,0 +1,143 @@
+"""Collectives of a compiled program, read from its text: what every step sends over the links."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+import numpy as np
+
+_WIDTHS = {"pred": 1, "bf16": 2, "c64": 8, "c128": 16}
+_SHAPE = re.compile(r"\b(pred|bf16|c64|c128|[sufi]\d+)(?:e\w+)?\[([\d,]*)\]")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+_KINDS = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
+_COLLECTIVE = re.compile(r"= (.*?) (" + "|".join(_KINDS) + r")(-start)?\(")
+_CALLED = re.compile(
+    r"\b(body|to_apply|calls|true_computation|false_computation)=%?([\w.-]+)|branch_computations=\{([^}]*)\}"
+)
+_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})?\}")
+_IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+
+
+@dataclasses.dataclass
+class Traffic:
+    """What one device sends in one step by one kind of collective.
+
+    Attributes:
+        count: how often the collective runs.
+        bytes: sent by a device, where rings are used: an all-reduce of n bytes among k devices sends
+            2 n (k - 1) / k.
+        between_nodes: the part of `bytes` by collectives whose devices lie on more than one node.
+    """
+
+    count: int = 0
+    bytes: float = 0.0
+    between_nodes: float = 0.0
+
+
+def collectives(hlo_text: str, devices: int, devices_per_node: int) -> tuple[dict[str, Traffic], int]:
+    """Read the collectives of a compiled program, times the turns of the loops they stand in.
+
+    Args:
+        hlo_text: of one device's program, as `compiled.as_text()` gives it.
+        devices: how many run it.
+        devices_per_node: device i lies on node i // devices_per_node.
+
+    Returns:
+        Traffic by kind of collective, and the number of loops with collectives whose turns the program
+        does not tell (counted once).
+
+    >>> text = '''ENTRY %main (x: f32[4]) -> f32[4] {
+    ...   ROOT %sum = f32[4]{0} all-reduce(%x), replica_groups=[1,2]<=[2], to_apply=%add
+    ... }'''
+    >>> collectives(text, devices=2, devices_per_node=8)[0]["all-reduce"]
+    Traffic(count=1, bytes=16.0, between_nodes=0.0)
+    """
+    computations, entry = _computations(hlo_text)
+    total: dict[str, Traffic] = {}
+    unknown = 0
+    for line, times, known in _walk(computations, entry, 1, True):
+        match = _COLLECTIVE.search(line)
+        if match is None:
+            continue
+        kind = match[2]
+        groups = _groups(line, devices)
+        size = _size(match[1], whole=match[3] is None or kind == "all-reduce")
+        sent = times * _sent(kind, size, groups.shape[1])
+        traffic = total.setdefault(kind, Traffic())
+        traffic.count += times
+        traffic.bytes += sent
+        nodes = groups // devices_per_node
+        traffic.between_nodes += sent if bool((nodes != nodes[:, :1]).any()) else 0.0
+        unknown += not known
+    return total, unknown
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    """Lines of every computation by its name, and the name of the entry."""
+    found: dict[str, list[str]] = {}
+    entry, lines = "", []
+    for line in text.splitlines():
+        match = _COMPUTATION.match(line)
+        if match:
+            lines = found[match[2]] = []
+            entry = match[2] if match[1] else entry
+        elif " = " in line:
+            lines.append(line)
+    return found, entry
+
+
+def _walk(
+    computations: dict[str, list[str]], name: str, times: int, known: bool
+) -> Iterator[tuple[str, int, bool]]:
+    """Every line that runs, how often, and whether that is known; lines inside fusions too."""
+    for line in computations.get(name, ()):
+        yield line, times, known
+        turns, certain = 1, True
+        if " while(" in line:
+            found = _TURNS.search(line)
+            turns, certain = (int(found[1]), True) if found else (1, False)
+        for match in _CALLED.finditer(line):
+            called = [match[2]] if match[2] else [part.strip(" %") for part in match[3].split(",")]
+            for inner in called:
+                yield from _walk(computations, inner, times * turns, known and certain)
+
+
+def _groups(line: str, devices: int) -> np.ndarray:
+    """Who talks to whom: int [groups, devices of a group]; a permute's pairs are groups of two."""
+    iota = _IOTA.search(line)
+    if iota:
+        shape, dims = (tuple(map(int, iota[i].split(","))) for i in (1, 2))
+        order = tuple(map(int, iota[3].split(","))) if iota[3] else tuple(range(len(dims)))
+        return np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(shape)
+    listed = _LISTED.search(line)
+    if listed and listed[1]:
+        rows = [tuple(map(int, row.split(","))) for row in re.findall(r"\{([\d, ]+)\}", listed[0])]
+        return np.array(rows)
+    return np.arange(devices)[None]
+
+
+def _size(type_text: str, *, whole: bool) -> int:
+    """Bytes of a result; of an asynchronous one, which holds its operand too, those of the larger part."""
+    sizes = [
+        math.prod(int(n) for n in shape.split(",") if n) * _WIDTHS.get(kind, _bits(kind) // 8 or 1)
+        for kind, shape in _SHAPE.findall(type_text)
+    ]
+    return sum(sizes) if whole else max(sizes, default=0)
+
+
+def _bits(kind: str) -> int:
+    return int(re.sub(r"\D", "", kind) or 0)
+
+
+def _sent(kind: str, size: int, members: int) -> float:
+    """Bytes that a device sends for a collective with a result of `size` bytes, by the usual ring."""
+    share = (members - 1) / members
+    if kind == "all-reduce":
+        return 2 * size * share
+    if kind == "reduce-scatter":
+        return size * (members - 1)
+    return float(size) if kind == "collective-permute" else size * share

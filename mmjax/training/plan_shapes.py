@@ -1,0 +1,138 @@
+"""A model, its state and its batches as shapes: nothing is made, and no data is looked at."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
+
+from mmjax.errors import ConfigError
+from mmjax.parallel import param_shardings
+from mmjax.training.experiment import Experiment
+from mmjax.training.source import FromConfig, FromFolder, OpenedModel
+from mmjax.training.state import merge
+
+MOST_DEVICES = 4096
+Shapes = dict[str, jax.ShapeDtypeStruct]
+_STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def mesh_shape(experiment: Experiment) -> dict[str, int]:
+    """The experiment's mesh with every size known: an axis of -1, or no mesh at all, means one device.
+
+    Raises:
+        ConfigError: more devices than can be planned for.
+    """
+    shape = {axis: 1 if size == -1 else size for axis, size in dict(experiment.mesh).items()}
+    devices = math.prod(shape.values())
+    if devices > MOST_DEVICES:
+        raise ConfigError(f"mesh: {devices:,} devices; a plan is for {MOST_DEVICES:,} at most")
+    return shape
+
+
+def open_shapes(experiment: Experiment, mesh: Mesh) -> OpenedModel:
+    """The experiment's model as shapes: no parameter is made or read, and no processor is opened.
+
+    Args:
+        experiment: its model comes from a config or from a folder, of which the headers are read.
+        mesh: what the shardings are for.
+
+    Raises:
+        ConfigError, CheckpointError: the model's config or folder is at fault.
+    """
+    if isinstance(experiment.model, FromFolder):
+        return _folder_shapes(experiment.model, mesh)
+    bare: FromConfig = dataclasses.replace(experiment.model, processor=None)
+    return bare.open(None, jax.random.key(experiment.train.seed), mesh)
+
+
+def _folder_shapes(source: FromFolder, mesh: Mesh) -> OpenedModel:
+    from mmjax.checkpoints.files import open_tensors
+    from mmjax.checkpoints.rules import link
+    from mmjax.models.hub import find_folder, open_model
+    from mmjax.nn import Execution, parameter_specs
+
+    folder = find_folder(source.path)
+    with open_tensors(folder) as reader:
+        family, model = open_model(folder, reader, source.execution or Execution())
+        nested = parameter_specs(model)
+        specs = flatten_dict(nested, sep="/")
+        links = link(family.rules(model), reader.shapes, specs, str(folder))
+        stored = {target: reader.dtypes[entry.source] for entry in links for target in entry.targets}
+    shapes = {
+        path: jax.ShapeDtypeStruct(spec.shape, source.dtype or _STORED[stored[path]])
+        for path, spec in specs.items()
+    }
+    shardings = flatten_dict(param_shardings(mesh, nested), sep="/")
+    return OpenedModel(model=model, processor=None, shapes=shapes, shardings=shardings, params=dict)
+
+
+def batch_shapes(model: Any, loss: Any, data: Any, params: Mapping[str, Any], size: int) -> Shapes:
+    """The arrays of a batch.
+
+    Args:
+        model: its `example_batch` tells the inputs' shapes; texts are taken to come with a mask.
+        loss: what it reads besides them, such as labels, is taken for int32 [B].
+        data: its `max_length`, where it has one, is the texts' length.
+        params: shapes of the parameters, flat.
+        size: B.
+
+    Returns:
+        Name to jax.ShapeDtypeStruct.
+    """
+    shapes = {name: (x.shape[1:], x.dtype) for name, x in model.example_batch(1).items()}
+    if "input_ids" in shapes:
+        length = getattr(data, "max_length", None) or shapes["input_ids"][0][0]
+        shapes |= dict.fromkeys(("input_ids", "attention_mask"), ((length,), jnp.dtype("int32")))
+    small = {name: jax.ShapeDtypeStruct((2, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+    others = _other_names(model, loss, params, small)
+    shapes |= {name: ((), jnp.dtype("int32")) for name in sorted(others) if name not in shapes}
+    return {name: jax.ShapeDtypeStruct((size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
+
+
+def _other_names(model: Any, loss: Any, params: Mapping[str, Any], inputs: Shapes) -> set[str]:
+    """Names that a loss looks up in a batch though they are none of the model's inputs."""
+    groups = getattr(loss, "groups", None)
+    asked: set[str] = set() if groups is None else {groups}
+
+    class Batch(dict[str, Any]):
+        def __missing__(self, name: str) -> Any:
+            asked.add(name)
+            return jnp.zeros(2, jnp.int32)
+
+    def probe(params: Any, inputs: Any) -> Any:
+        batch = Batch(inputs)
+        for name in asked:
+            batch[name] = jnp.zeros(2, jnp.int32)
+        return loss(model, merge(params), batch, jax.random.key(0))
+
+    jax.eval_shape(probe, dict(params), inputs)
+    return asked
+
+
+def device_bytes(shapes: Any, shardings: Any) -> int:
+    """Bytes that one device holds of a pytree of shapes.
+
+    Args:
+        shapes: pytree with shape and dtype; a PRNG key counts with its data.
+        shardings: a sharding per leaf, or one for all.
+
+    >>> from jax.sharding import SingleDeviceSharding
+    >>> device_bytes(jax.ShapeDtypeStruct((4, 2), "bfloat16"), SingleDeviceSharding(jax.devices()[0]))
+    16
+    """
+    leaves = jax.tree.leaves(shapes)
+    if isinstance(shardings, jax.sharding.Sharding):
+        placed = [shardings] * len(leaves)
+    else:
+        placed = jax.tree.leaves(shardings)
+    return sum(
+        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, sharding in zip(leaves, placed, strict=True)
+    )
