@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mmjax.training.state import TrainState, create_state, flatten, merge
     from mmjax.training.step import Task, make_train_step
     from mmjax.training.tasks import Classification, Contrastive, MaskedImage, Sigmoid
+    from mmjax.training.tasks_language import NextToken
 
 __all__ = [
     "FROZEN",
@@ -29,6 +30,7 @@ __all__ = [
     "Interrupted",
     "Linear",
     "MaskedImage",
+    "NextToken",
     "Outcome",
     "Rule",
     "Sigmoid",
@@ -60,5 +62,6 @@ __getattr__, __dir__ = attach(
         "state": ("TrainState", "create_state", "flatten", "merge"),
         "step": ("Task", "make_train_step"),
         "tasks": ("Classification", "Contrastive", "MaskedImage", "Sigmoid"),
+        "tasks_language": ("NextToken",),
     },
 )

@@ -1,0 +1,365 @@
+"""Next-token cross-entropy straight from hidden states: the logits of all positions are never held.
+
+Logits are made one tile at a time, some positions by some of the vocabulary, and made again in the backward
+pass. Per position only two numbers stay: the label's logit, and the log-sum-exp of all other logits. The loss
+is the softplus of their difference and its gradient a sigmoid of it, so nothing cancels where the model is
+nearly certain.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from mmjax.errors import ConfigError
+from mmjax.nn.functional import accumulator
+
+Array = jax.Array
+Axis = str | tuple[str, ...]
+IGNORED = -100
+# A tile of float32 logits then takes at most 64 MiB.
+TOKENS_PER_BLOCK = 2048
+VOCABULARY_PER_BLOCK = 8192
+
+
+def next_token(
+    hidden: Array,
+    kernel: Array,
+    labels: Array,
+    *,
+    bias: Array | None = None,
+    weights: Array | None = None,
+    softcap: float | None = None,
+    sequence_block: int | None = None,
+    vocabulary_block: int | None = None,
+    mesh: Mesh | None = None,
+    axis: Axis = "data",
+) -> Array:
+    """Mean cross-entropy of every token given those before it.
+
+    Labels are laid out as transformers lays them out: `labels` are the input ids, and the label of position t
+    is compared with what position t - 1 predicts. The shift happens here; the first label of a row is never
+    used.
+
+    Args:
+        hidden: [B, T, D], the decoder's last hidden states after the final norm.
+        kernel: [D, V], of the output layer; products run in hidden's dtype and are summed in float32.
+        labels: int [B, T]; -100 is ignored. An id outside the vocabulary gives NaN.
+        bias: [V], of the output layer.
+        weights: [B, T], zero or more, of each label; the mean is weighted by them.
+        softcap: logits become softcap * tanh(logits / softcap).
+        sequence_block: positions per row in a tile; None: so many that a tile has about 2,048.
+        vocabulary_block: vocabulary entries in a tile; None means 8,192.
+        mesh: rows are sharded over `axis` of this mesh; each device sums its own rows, and the kernel's
+            gradient travels once. None: one device, or a layout left to the compiler.
+        axis: mesh axis or axes of the rows.
+
+    Returns:
+        Scalar in at least float32; 0, with zero gradients, where every label is ignored. First derivatives
+        only, of hidden, kernel, bias and weights.
+
+    Raises:
+        ConfigError: a block size or softcap that is not positive, or rows that the mesh cannot split evenly.
+
+    Source: Gemma 2 report (2024), section 2, for the soft cap.
+
+    >>> hidden, kernel = jnp.zeros((1, 3, 2)), jnp.zeros((2, 4))
+    >>> round(float(next_token(hidden, kernel, jnp.array([[3, 1, -100]]))), 4)
+    1.3863
+    """
+    targets = _shift(labels, IGNORED)
+    losses = token_losses(
+        hidden,
+        kernel,
+        targets,
+        bias=bias,
+        softcap=softcap,
+        sequence_block=sequence_block,
+        vocabulary_block=vocabulary_block,
+        mesh=mesh,
+        axis=axis,
+    )
+    share = (targets != IGNORED).astype(losses.dtype)
+    if weights is not None:
+        chex.assert_equal_shape([weights, labels])
+        share = share * _shift(weights, 0).astype(losses.dtype)
+    total = share.sum()
+    return (losses * share).sum() / jnp.where(total > 0, total, 1)
+
+
+def token_losses(
+    hidden: Array,
+    kernel: Array,
+    targets: Array,
+    *,
+    bias: Array | None = None,
+    softcap: float | None = None,
+    sequence_block: int | None = None,
+    vocabulary_block: int | None = None,
+    mesh: Mesh | None = None,
+    axis: Axis = "data",
+) -> Array:
+    """Cross-entropy of each position's own target, in the same blocks as `next_token`; nothing is shifted.
+
+    Args:
+        hidden, kernel, bias, softcap, sequence_block, vocabulary_block, mesh, axis: see `next_token`.
+        targets: int [B, T], what position t should predict; -100 is ignored.
+
+    Returns:
+        [B, T] in at least float32: minus the target's log-probability, 0 where it is ignored.
+
+    Raises:
+        ConfigError: see `next_token`.
+
+    >>> losses = token_losses(jnp.zeros((1, 2, 3)), jnp.zeros((3, 4)), jnp.array([[0, -100]]))
+    >>> [round(float(x), 4) for x in losses[0]]
+    [1.3863, 0.0]
+    """
+    chex.assert_rank([hidden, kernel, targets], [3, 2, 2])
+    chex.assert_equal_shape_prefix([hidden, targets], 2)
+    chex.assert_equal(hidden.shape[2], kernel.shape[0])
+    if bias is not None:
+        chex.assert_shape(bias, (kernel.shape[1],))
+    blocks = _blocks(hidden, kernel, softcap, sequence_block, vocabulary_block, mesh, axis)
+    return _token_losses(blocks, hidden, kernel, bias, targets)
+
+
+def _shift(x: Array, last: Any) -> Array:
+    """What position t + 1 has, at t."""
+    return jnp.concatenate([x[:, 1:], jnp.full_like(x[:, :1], last)], axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Blocks:
+    """What is static: tile sizes, the soft cap, and the mesh axes that rows are sharded over."""
+
+    positions: int
+    entries: int
+    softcap: float | None
+    mesh: Mesh | None
+    axis: tuple[str, ...] | None
+
+    def run(self, function: Callable[..., Any], rows: Any, whole: Any, out: Any) -> Any:
+        """function(rows, whole, axis) on every device's rows; `out` says True for results by row."""
+        if self.mesh is None:
+            return function(rows, whole, None)
+        split, same = PartitionSpec(self.axis), PartitionSpec()
+        return jax.shard_map(
+            lambda rows, whole: function(rows, whole, self.axis),
+            mesh=self.mesh,
+            in_specs=(split, same),
+            out_specs=jax.tree.map(lambda by_row: split if by_row else same, out),
+            # The other axes, such as the one that splits the vocabulary, stay with the compiler.
+            axis_names=set(self.axis or ()),
+            check_vma=False,
+        )(rows, whole)
+
+
+def _blocks(
+    hidden: Array,
+    kernel: Array,
+    softcap: float | None,
+    sequence_block: int | None,
+    vocabulary_block: int | None,
+    mesh: Mesh | None,
+    axis: Axis,
+) -> _Blocks:
+    axes = (axis,) if isinstance(axis, str) else tuple(axis)
+    for name, value in (("sequence_block", sequence_block), ("vocabulary_block", vocabulary_block)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}: expected a positive integer, got {value}")
+    if softcap is not None and not softcap > 0:
+        raise ConfigError(f"softcap: expected a number above 0, got {softcap}")
+    rows, devices = hidden.shape[0], 1
+    for name in () if mesh is None else axes:
+        if mesh is None or name not in mesh.shape:
+            raise ConfigError(f"axis: the mesh has no axis {name!r}; it has {', '.join(mesh.shape)}")
+        devices *= mesh.shape[name]
+    if rows % devices:
+        raise ConfigError(f"hidden: {rows} rows cannot be split evenly over the {devices} devices of {axes}")
+    if sequence_block is None:
+        sequence_block = max(1, TOKENS_PER_BLOCK // max(1, rows // devices))
+    entries = min(kernel.shape[1], vocabulary_block or VOCABULARY_PER_BLOCK)
+    # Blocks of one size with as little padding as their number allows.
+    number = max(1, -(-hidden.shape[1] // sequence_block))
+    positions = max(1, -(-hidden.shape[1] // number))
+    return _Blocks(positions, entries, softcap, mesh, None if mesh is None else axes)
+
+
+class _Tiles:
+    """The tiles of one device's rows: index arithmetic, and the logits of one tile."""
+
+    def __init__(
+        self, blocks: _Blocks, hidden: Array, kernel: Array, bias: Array | None, targets: Array
+    ) -> None:
+        self.blocks, self.kernel, self.bias = blocks, kernel, bias
+        padding = -hidden.shape[1] % blocks.positions
+        self.hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))) if padding else hidden
+        self.targets = self.pad(targets, IGNORED)
+        self.sums = accumulator(hidden.dtype)
+        self.vocabulary = kernel.shape[1]
+        self.rows = jnp.arange(self.hidden.shape[1] // blocks.positions) * blocks.positions
+        self.columns = jnp.arange(-(-self.vocabulary // blocks.entries)) * blocks.entries
+
+    def pad(self, x: Array, value: Any) -> Array:
+        """[B, T] to whole blocks."""
+        return jnp.pad(x, ((0, 0), (0, -x.shape[1] % self.blocks.positions)), constant_values=value)
+
+    def take(self, x: Array, row: Array) -> Array:
+        """A block of positions of x [B, T, ...]."""
+        return lax.dynamic_slice_in_dim(x, row, self.blocks.positions, axis=1)
+
+    def output(self, column: Array) -> tuple[Array, Array | None, Array, Array]:
+        """A block of the output layer: kernel [D, v], bias [v], ids [v], and which of them are its own.
+
+        The last block is moved back to end where the vocabulary ends; what it then shares with the block
+        before is not its own.
+        """
+        start = jnp.minimum(column, self.vocabulary - self.blocks.entries)
+        kernel = lax.dynamic_slice_in_dim(self.kernel, start, self.blocks.entries, axis=1)
+        bias = self.bias
+        if bias is not None:
+            bias = lax.dynamic_slice_in_dim(bias, start, self.blocks.entries).astype(self.sums)
+        ids = start + jnp.arange(self.blocks.entries)
+        return kernel.astype(self.hidden.dtype), bias, ids, ids >= column
+
+    def logits(self, x: Array, kernel: Array, bias: Array | None) -> Array:
+        """[B, t, v] in at least float32."""
+        logits = jnp.einsum("btd,dv->btv", x, kernel, preferred_element_type=self.sums)
+        logits = logits if bias is None else logits + bias
+        cap = self.blocks.softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def _statistics(tiles: _Tiles) -> tuple[Array, Array]:
+    """Per position, [B, T]: the log-sum-exp of all logits but the label's, and the label's logit."""
+
+    def by_column(state: Any, column: Array) -> tuple[Any, None]:
+        kernel, bias, ids, own = tiles.output(column)
+
+        def by_row(state: Any, row: Array) -> tuple[Any, None]:
+            highest, total, picked = (tiles.take(x, row) for x in state)
+            logits = tiles.logits(tiles.take(tiles.hidden, row), kernel, bias)
+            label = (ids == tiles.take(tiles.targets, row)[..., None]) & own
+            others = jnp.where(label | ~own, -jnp.inf, logits)
+            new = jnp.maximum(highest, others.max(axis=-1))
+            # Nothing but the label so far: no maximum yet, and any finite number will do.
+            finite = jnp.where(jnp.isfinite(new), new, 0)
+            total = total * jnp.exp(highest - finite) + jnp.exp(others - finite[..., None]).sum(axis=-1)
+            picked = picked + jnp.where(label, logits, 0).sum(axis=-1)
+            parts = zip(state, (new, total, picked), strict=True)
+            return tuple(lax.dynamic_update_slice_in_dim(x, part, row, axis=1) for x, part in parts), None
+
+        return lax.scan(by_row, state, tiles.rows)[0], None
+
+    zeros = jnp.zeros(tiles.targets.shape, tiles.sums)
+    start = (jnp.full_like(zeros, -jnp.inf), zeros, zeros)
+    (highest, total, picked), _ = lax.scan(by_column, start, tiles.columns)
+    return highest + jnp.log(total), picked
+
+
+def _gradients(
+    tiles: _Tiles, rest: Array, picked: Array, cotangent: Array, axis: Any
+) -> tuple[Array, Array, Array | None]:
+    """Gradients of hidden, kernel and bias for a cotangent [B, T]."""
+    every = jnp.logaddexp(rest, picked)
+    missing = jax.nn.sigmoid(rest - picked)
+    cap = tiles.blocks.softcap
+
+    def by_column(state: Any, column: Array) -> tuple[Any, None]:
+        to_hidden, to_kernel, to_bias = state
+        kernel, bias, ids, own = tiles.output(column)
+
+        def by_row(state: Any, row: Array) -> tuple[Any, None]:
+            to_hidden, block, bias_block = state
+            x, targets, lse, short, g = (
+                tiles.take(a, row) for a in (tiles.hidden, tiles.targets, every, missing, cotangent)
+            )
+            logits = tiles.logits(x, kernel, bias)
+            label = ids == targets[..., None]
+            slope = jnp.where(label, -short[..., None], jnp.exp(logits - lse[..., None])) * g[..., None]
+            slope = jnp.where((targets == IGNORED)[..., None], 0, slope)
+            if cap is not None:
+                slope = slope * (1 - jnp.square(logits / cap))
+            narrow = slope.astype(x.dtype)
+            mine = jnp.where(own, narrow, 0)
+            part = jnp.einsum("btv,dv->btd", mine, kernel, preferred_element_type=tiles.sums)
+            part = part + tiles.take(to_hidden, row)
+            block = block + jnp.einsum("btd,btv->dv", x, narrow, preferred_element_type=tiles.sums)
+            bias_block = None if bias is None else bias_block + slope.sum(axis=(0, 1))
+            to_hidden = lax.dynamic_update_slice_in_dim(to_hidden, part, row, axis=1)
+            return (to_hidden, block, bias_block), None
+
+        empty = jnp.zeros(kernel.shape, tiles.sums)
+        start = (to_hidden, empty, None if bias is None else empty[0])
+        (to_hidden, block, bias_block), _ = lax.scan(by_row, start, tiles.rows)
+        if axis is not None:
+            block, bias_block = lax.psum((block, bias_block), axis)
+        # Columns that two blocks share are written twice, with the same values.
+        to_kernel = lax.dynamic_update_slice_in_dim(to_kernel, block.astype(to_kernel.dtype), ids[0], axis=1)
+        if bias is not None:
+            to_bias = lax.dynamic_update_slice_in_dim(to_bias, bias_block.astype(to_bias.dtype), ids[0], 0)
+        return (to_hidden, to_kernel, to_bias), None
+
+    start = (
+        jnp.zeros(tiles.hidden.shape, tiles.sums),
+        jnp.zeros_like(tiles.kernel),
+        None if tiles.bias is None else jnp.zeros_like(tiles.bias),
+    )
+    return lax.scan(by_column, start, tiles.columns)[0]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _token_losses(blocks: _Blocks, hidden: Array, kernel: Array, bias: Array | None, targets: Array) -> Array:
+    return _forward(blocks, hidden, kernel, bias, targets)[0]
+
+
+def _forward(blocks: _Blocks, hidden: Array, kernel: Array, bias: Array | None, targets: Array) -> Any:
+    def local(rows: Any, whole: Any, axis: Any) -> Any:
+        hidden, targets = rows
+        rest, picked = _statistics(_Tiles(blocks, hidden, *whole, targets))
+        return rest[:, : hidden.shape[1]], picked[:, : hidden.shape[1]]
+
+    rest, picked = blocks.run(local, (hidden, targets), (kernel, bias), (True, True))
+    outside = (targets != IGNORED) & ((targets < 0) | (targets >= kernel.shape[1]))
+    losses = jnp.where(outside, jnp.nan, jnp.where(targets == IGNORED, 0, jax.nn.softplus(rest - picked)))
+    return losses, (hidden, kernel, bias, targets, rest, picked)
+
+
+def _backward(blocks: _Blocks, saved: Any, cotangent: Array) -> Any:
+    hidden, kernel, bias, targets, rest, picked = saved
+
+    def local(rows: Any, whole: Any, axis: Any) -> Any:
+        hidden, targets, *numbers = rows
+        tiles = _Tiles(blocks, hidden, *whole, targets)
+        to_hidden, *rest = _gradients(tiles, *(tiles.pad(x, 0) for x in numbers), axis)
+        return to_hidden[:, : hidden.shape[1]].astype(hidden.dtype), *rest
+
+    rows = (hidden, targets, rest, picked, cotangent)
+    out = (True, False, None if bias is None else False)
+    return *_once_only(blocks.run(local, rows, (kernel, bias), out)), None
+
+
+@jax.custom_jvp
+def _once_only(grads: Any) -> Any:
+    """Passes gradients on, and refuses to be differentiated."""
+    return grads
+
+
+@_once_only.defjvp
+def _refuse(primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(
+        "next_token has first derivatives only: its gradient is computed tile by tile and cannot be "
+        "differentiated again"
+    )
+
+
+_token_losses.defvjp(_forward, _backward)

@@ -1,0 +1,96 @@
+"""Tasks on text: what a stage of a language model minimises."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mmjax import losses
+from mmjax.errors import ConfigError
+from mmjax.parallel import BATCH_AXES
+from mmjax.training.step import Batch, Terms, in_micro_batches
+
+TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "segment_ids")
+IGNORED = -100
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NextToken:
+    """Cross-entropy of every token given those before it, the mean over all labels of the whole batch.
+
+    The batch has `input_ids` [B, T] and may have `attention_mask`, `position_ids`, `segment_ids` and
+    `labels`, each [B, T]. Labels are the input ids with -100 where nothing is to be learned (see
+    `mmjax.losses.next_token`); without them every token counts that the mask shows and that does not begin
+    a segment. `label_weights` [B, T], where the batch has them, weigh the labels.
+
+    With `accumulate` above 1 the mean is still over all labels of the batch, however many a micro-batch has;
+    each micro-batch runs forward a second time for that.
+
+    Args:
+        sequence_block, vocabulary_block: see `mmjax.losses.next_token`.
+    """
+
+    sequence_block: int | None = None
+    vocabulary_block: int | None = None
+
+    def __call__(
+        self,
+        model: nn.Module,
+        params: Mapping[str, Any],
+        batch: Batch,
+        key: jax.Array,
+        mesh: Mesh | None = None,
+        micro_batches: int = 1,
+    ) -> Terms:
+        if "input_ids" not in batch:
+            raise ConfigError(f"NextToken: the batch has no 'input_ids'; it has {', '.join(sorted(batch))}")
+        variables = {"params": params}
+        targets = _targets(batch)
+        cap = getattr(getattr(model, "config", None), "logits_softcap", None)
+
+        def run(part: Batch, key: jax.Array) -> jax.Array:
+            inputs: dict[str, Any] = {name: part[name] for name in TEXT_INPUTS if name in part}
+            rngs = {"dropout": key}
+            hidden: Any = model.apply(variables, **inputs, deterministic=False, rngs=rngs, method="hidden")
+            return losses.token_losses(
+                hidden[0] if isinstance(hidden, tuple) else hidden,
+                model.apply(variables, method="output_kernel"),  # type: ignore[arg-type]
+                part["targets"],
+                softcap=cap,
+                sequence_block=self.sequence_block,
+                vocabulary_block=self.vocabulary_block,
+                mesh=mesh,
+                axis=BATCH_AXES,
+            )
+
+        per_token = in_micro_batches(run, {**batch, "targets": targets}, key, micro_batches)
+        share = (targets != IGNORED).astype(per_token.dtype)
+        if "label_weights" in batch:
+            share = share * _next(batch["label_weights"], 0).astype(per_token.dtype)
+        total = share.sum()
+        return {"next_token": (per_token * share).sum() / jnp.where(total > 0, total, 1)}
+
+
+def _targets(batch: Batch) -> jax.Array:
+    """int [B, T], what each position should predict."""
+    if "labels" in batch:
+        return _next(batch["labels"], IGNORED)
+    labels = batch["input_ids"]
+    if "attention_mask" in batch:
+        labels = jnp.where(batch["attention_mask"] != 0, labels, IGNORED)
+    targets = _next(labels, IGNORED)
+    if "segment_ids" in batch:
+        segments = batch["segment_ids"]
+        targets = jnp.where(segments == _next(segments, -1), targets, IGNORED)
+    return targets
+
+
+def _next(x: jax.Array, last: int) -> jax.Array:
+    """What position t + 1 has, at t."""
+    return jnp.concatenate([x[:, 1:], jnp.full_like(x[:, :1], last)], axis=1)
