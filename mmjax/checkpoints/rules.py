@@ -15,7 +15,8 @@ from mmjax.parallel import ParamSpec
 class Rule:
     """One line of a table: a source name, the target path(s) it fills, and how.
 
-    Names may contain `{i}`, which stands for one number, the same on both sides.
+    Names may contain `{i}`, which stands for one number, the same on both sides. A source with `{e}` is one
+    tensor for each entry of its target's first axis (experts, which folders keep apart).
 
     Attributes:
         source: tensor name in the folder, as it is written.
@@ -28,6 +29,21 @@ class Rule:
     targets: tuple[str, ...]
     transform: Transform = SAME
     aliases: tuple[str, ...] = ()
+
+    def pieces(self, shape: tuple[int, ...]) -> list[Rule]:
+        """One rule per tensor: itself, or one for each entry of the first axis of its target's shape."""
+        if "{e}" not in self.source:
+            return [self]
+
+        def fill(name: str, number: int) -> str:
+            return name.replace("{e}", str(number))
+
+        return [
+            dataclasses.replace(
+                self, source=fill(self.source, e), aliases=tuple(fill(a, e) for a in self.aliases)
+            )
+            for e in range(shape[0])
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,11 +86,12 @@ def prefixed(
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """One tensor of a folder and the parameters it fills."""
+    """One tensor of a folder and the parameters it fills, or the one entry `index` of a parameter."""
 
     source: str
     targets: tuple[str, ...]
     transform: Transform
+    index: int | None = None
 
 
 def _number_in(pattern: str, name: str) -> str | None:
@@ -131,19 +148,22 @@ def link(
     links: list[Link] = []
     used: set[str] = set()
     for r in expand(rules, targets):
-        present = [name for name in dict.fromkeys((r.source, *r.aliases)) if name in sources]
-        used.update(present)
-        if not present:
-            faults.append(f"missing: {r.source} (for {', '.join(r.targets)})")
-            continue
-        if len(present) > 1:
-            faults.append(f"doubled: {' and '.join(present)} are the same parameter")
-        expected = r.transform.source_shape([targets[t].shape for t in r.targets])
-        if sources[present[0]] != expected:
-            faults.append(
-                f"misshapen: {present[0]} is {list(sources[present[0]])}, expected {list(expected)}"
-            )
-        links.append(Link(present[0], r.targets, r.transform))
+        stacked = "{e}" in r.source
+        shapes = [targets[t].shape[1:] if stacked else targets[t].shape for t in r.targets]
+        expected = r.transform.source_shape(shapes)
+        for index, piece in enumerate(r.pieces(targets[r.targets[0]].shape)):
+            present = [name for name in dict.fromkeys((piece.source, *piece.aliases)) if name in sources]
+            used.update(present)
+            if not present:
+                faults.append(f"missing: {piece.source} (for {', '.join(r.targets)})")
+                continue
+            if len(present) > 1:
+                faults.append(f"doubled: {' and '.join(present)} are the same parameter")
+            if sources[present[0]] != expected:
+                faults.append(
+                    f"misshapen: {present[0]} is {list(sources[present[0]])}, expected {list(expected)}"
+                )
+            links.append(Link(present[0], r.targets, r.transform, index if stacked else None))
     patterns = [re.compile(pattern) for pattern, _ in rules.ignored]
     for name in sources:
         if name not in used and not any(p.fullmatch(name) for p in patterns):

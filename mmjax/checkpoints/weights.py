@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding
 from safetensors.numpy import save_file
 
 from mmjax.checkpoints.files import INDEX, WEIGHTS, TensorReader
-from mmjax.checkpoints.rules import KeyRules, expand, link
+from mmjax.checkpoints.rules import KeyRules, Link, expand, link
 from mmjax.errors import CheckpointError
 from mmjax.parallel import ParamSpec, auto_mesh, partition_spec
 
@@ -57,11 +58,22 @@ def load_params(
     _check_dtypes(reader, [entry.source for entry in links], dtype)
     mesh = None if mesh is None else auto_mesh(mesh)
     params: dict[str, jax.Array] = {}
-    for entry in links:
-        pieces = entry.transform.load(reader.read(entry.source))
-        for target, piece in zip(entry.targets, pieces, strict=True):
+    for targets, group in itertools.groupby(links, key=lambda entry: entry.targets):
+        entries = list(group)
+        pieces = entries[0].transform.load(reader.read(entries[0].source))
+        if entries[0].index is not None:
+            pieces = [_stack(pieces[0], entries, reader)]
+        for target, piece in zip(targets, pieces, strict=True):
             params[target] = _place(piece, flat[target], dtype, mesh)
     return unflatten_dict(params, sep="/")
+
+
+def _stack(first: np.ndarray, entries: Sequence[Link], reader: TensorReader) -> np.ndarray:
+    """The entries of one parameter's first axis, each from its own tensor."""
+    whole = np.empty((len(entries), *first.shape), first.dtype)
+    for entry in entries:
+        whole[entry.index] = entry.transform.load(reader.read(entry.source))[0]
+    return whole
 
 
 def _check_dtypes(reader: TensorReader, names: list[str], dtype: str | None) -> None:
@@ -97,12 +109,14 @@ def named_tensors(rules: KeyRules, params: Mapping[str, Any]) -> Iterator[tuple[
     flat = flatten_dict(dict(params), sep="/")
     for entry in sorted(expand(rules, flat), key=lambda r: r.source):
         pieces = [np.asarray(jax.device_get(flat[target])) for target in entry.targets]
-        yield (
-            entry.source,
-            np.ascontiguousarray(entry.transform.save(pieces)).reshape(
-                entry.transform.source_shape([piece.shape for piece in pieces])
-            ),
-        )
+        for index, single in enumerate(entry.pieces(pieces[0].shape)):
+            parts = [piece[index] for piece in pieces] if "{e}" in entry.source else pieces
+            yield (
+                single.source,
+                np.ascontiguousarray(entry.transform.save(parts)).reshape(
+                    entry.transform.source_shape([part.shape for part in parts])
+                ),
+            )
 
 
 def save_params(

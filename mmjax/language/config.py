@@ -95,12 +95,12 @@ class DecoderConfig:
         norm_eps: epsilon of every norm.
         norm_offset: added to the scales of root-mean-square norms.
         norm_affine: whether layer norms have scale and bias.
-        norm_order: where a block's norm stands: before it, after the residual sum, or before and after the block.
+        norm_order: where a block's norm stands: before it, after the residual sum, or before and after it.
         final_norm: whether the last layer's output is normed.
         qk_norm: a norm over H on every query and key head.
         qkv_bias, attention_output_bias, mlp_bias: which products have a bias.
         query_scale: attention logits are divided by its root; None means H.
-        attention_softcap, logits_softcap: bounds of the attention logits and of the vocabulary's; None: no bound.
+        attention_softcap, logits_softcap: bounds of attention logits and of the vocabulary's; None: no bound.
         sliding_window: how many tokens back a sliding layer sees, itself included; None: all.
         layer_types: each layer's kind; None means that all slide if there is a window.
         positions: rotary, or a learned table added to the embeddings.
@@ -176,11 +176,13 @@ class DecoderConfig:
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(f"{name}: {getattr(self, name)} is not in [0, 1)")
         for name in ("query_scale", "attention_softcap", "logits_softcap"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ConfigError(f"{name}: {getattr(self, name)} is not above 0")
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and value > 0):
+                raise ConfigError(f"{name}: {value!r} is not a number above 0")
         if not self.norm_eps >= 0:
             raise ConfigError(f"norm_eps: {self.norm_eps} is not a number >= 0")
         self._check_layers()
+        self._check_ids()
         if self.positions == "rope":
             _ = self.rope
 
@@ -192,6 +194,14 @@ class DecoderConfig:
             )
         if heads % kv_heads:
             raise ConfigError(f"num_key_value_heads: {kv_heads} does not divide num_attention_heads {heads}")
+
+    def _check_ids(self) -> None:
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            many = value if isinstance(value, tuple) and name == "eos_token_id" else (value,)
+            for number in many:
+                if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
+                    raise ConfigError(f"{name}: expected an integer, got {number!r}")
 
     def _check_layers(self) -> None:
         types = self.layer_types

@@ -13,6 +13,7 @@ from mmjax.nn import (
     Execution,
     FeedForward,
     LayerNorm,
+    MixtureOfExperts,
     RMSNorm,
     apply_rope,
     attention,
@@ -138,13 +139,24 @@ class DecoderLayer(nn.Module):
 
     def perceptron(self) -> nn.Module:
         """The layer's second block."""
-        config = self.config
+        config, init = self.config, normal(self.config.initializer_range)
+        if self.has_experts and config.experts is not None:
+            return MixtureOfExperts(
+                config.experts.num_experts,
+                config.experts.num_experts_per_tok,
+                config.experts.intermediate_size,
+                config.hidden_act,
+                config.experts.normalize,
+                init,
+                self.execution,
+                name="mlp",
+            )
         return FeedForward(
             config.intermediate_size,
             config.hidden_act,
             config.gated_mlp,
             config.mlp_bias,
-            normal(config.initializer_range),
+            init,
             self.execution,
             name="mlp",
         )

@@ -24,12 +24,14 @@ class Family:
         read_config: (hub config, architecture, names of the folder's tensors, file) to our config.
         write_config: (config, architecture) to hub attributes, without what `merge` keeps.
         rules: model to its key rules.
+        own_code: whether published folders of the family bring their code (`auto_map`); it is never run.
     """
 
     architectures: Mapping[str, type[Model]]
     read_config: Callable[[Mapping[str, Any], str, Set[str], str], Any]
     write_config: Callable[[Any, str], dict[str, Any]]
     rules: Callable[[Model], KeyRules]
+    own_code: bool = False
 
 
 # model_type in config.json to the module that has FAMILY, or FAMILIES by model_type; imported when needed.
@@ -42,7 +44,10 @@ FAMILIES: Mapping[str, str] = MappingProxyType(
         "siglip_text_model": "mmjax.models.siglip",
         "siglip_vision_model": "mmjax.models.siglip",
         "vit": "mmjax.models.vit",
-        **dict.fromkeys(("llama",), "mmjax.models.causal_lm"),
+        **dict.fromkeys(
+            ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "internlm2", "opt"),
+            "mmjax.models.causal_lm",
+        ),
     }
 )
 

@@ -66,8 +66,8 @@ def open_model(folder: Path, reader: TensorReader, execution: Execution) -> tupl
     """
     where = str(folder / "config.json")
     hub = read_json(folder / "config.json")
-    refuse_code_and_quantisation(hub, where)
     family = family_of_type(hub.get("model_type"), where)
+    refuse_code_and_quantisation({**hub, "auto_map": None} if family.own_code else hub, where)
     architecture = choose_architecture(family, hub, where)
     config = family.read_config(hub, architecture, reader.shapes.keys(), where)
     return family, family.architectures[architecture](config, execution=execution)

@@ -5,6 +5,7 @@ from mmjax.nn.attention import attention, causal_mask, combine_masks, merge_head
 from mmjax.nn.cache import KVCache, claim_slots, init_cache, write_slots
 from mmjax.nn.config import Execution, TransformerConfig, canonical_dtype
 from mmjax.nn.encoder import Encoder, EncoderOutput, run_layers
+from mmjax.nn.experts import MixtureOfExperts, mix_experts, route
 from mmjax.nn.functional import dense, dropout, l2_normalize, layer_norm, rms_norm, softcap
 from mmjax.nn.modules import (
     MLP,
@@ -35,6 +36,7 @@ __all__ = [
     "KVCache",
     "LayerNorm",
     "FeedForward",
+    "MixtureOfExperts",
     "ModelOutput",
     "RMSNorm",
     "RopeConfig",
@@ -56,6 +58,7 @@ __all__ = [
     "l2_normalize",
     "layer_norm",
     "merge_heads",
+    "mix_experts",
     "padding_mask",
     "param",
     "parameter_specs",
@@ -66,6 +69,7 @@ __all__ = [
     "rope_frequencies",
     "rope_tables",
     "run_layers",
+    "route",
     "softcap",
     "split_heads",
     "unpatchify",

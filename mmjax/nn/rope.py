@@ -1,6 +1,6 @@
-"""Rotary positions: frequencies with every published scaling, angles of any positions, the rotation itself.
+"""Rotary positions: frequencies with every published scaling, angles of any positions, the rotation.
 
-Positions are inputs: one number per token, or several (time, height, width), each frequency reading one of them.
+Positions are inputs: one number per token, or several (time, height, width), of which a frequency reads one.
 """
 
 from __future__ import annotations

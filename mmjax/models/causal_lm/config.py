@@ -4,53 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Set
-from types import MappingProxyType
+from collections.abc import Mapping, Set
 from typing import Any
 
+from mmjax.errors import ConfigError
 from mmjax.language.config import DecoderConfig
-from mmjax.models.causal_lm import rope_config
-from mmjax.models.hub_config import ConfigTable, build
-
-COMMON_FIELDS: Mapping[str, str] = {
-    name: name
-    for name in [
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "max_position_embeddings",
-        "hidden_act",
-        "attention_dropout",
-        "initializer_range",
-        "tie_word_embeddings",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-    ]
-} | {"rms_norm_eps": "norm_eps"}
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderFamily:
-    """One model_type of the hub.
-
-    Attributes:
-        architecture: its class in transformers.
-        table: hub attributes to fields.
-        defaults: fields whose default is another than DecoderConfig's, which is LLaMA's.
-        read: (hub config, file) to more fields.
-        write: config to more hub attributes.
-    """
-
-    architecture: str
-    table: ConfigTable
-    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    read: Callable[[Mapping[str, Any], str], dict[str, Any]] = lambda hub, where: {}
-    write: Callable[[DecoderConfig], dict[str, Any]] = lambda config: {}
+from mmjax.models.causal_lm.families import DECODERS, DecoderFamily
+from mmjax.models.causal_lm.rope_config import read_rope, write_rope
+from mmjax.models.hub_config import build
 
 
 def _default(family: DecoderFamily, name: str) -> Any:
@@ -62,37 +23,49 @@ def read_config(hub: Mapping[str, Any], architecture: str, names: Set[str], wher
     """DecoderConfig from a hub config of any of the families."""
     model_type = hub["model_type"]
     family = DECODERS[model_type]
-    values = {**family.defaults, **family.table.read(hub, where), **family.read(hub, where)}
-    defaults = {name: _default(family, name) for name in ("max_position_embeddings", "rope_theta")}
-    values |= rope_config.read_rope(hub, defaults, where)
+    # A family's published folders may carry code (`auto_map`), which is never run.
+    plain = {name: value for name, value in hub.items() if name != "auto_map"} if family.own_code else hub
+    values = {**family.defaults, **family.table.read(plain, where)}
+    values |= family.read(values, hub, where)
+    if values.get("positions") != "learned":
+        defaults = {name: _default(family, name) for name in ("max_position_embeddings", "rope_theta")}
+        values |= read_rope(hub, defaults, where)
     return build(DecoderConfig, {**values, "model_type": model_type, "hub": json.dumps(dict(hub))}, where)
 
 
 def write_config(config: DecoderConfig, architecture: str) -> dict[str, Any]:
-    """Hub attributes of a DecoderConfig, in its family's words."""
+    """Hub attributes of a DecoderConfig, in its family's words.
+
+    Raises:
+        ConfigError: the family has no words for a setting of the config.
+    """
     family = DECODERS[config.model_type]
-    hub = {**family.table.write(config), **rope_config.write_rope(config), **family.write(config)}
-    return {**hub, "model_type": config.model_type}
+    # Where the config leaves a number to others, the folder has it written out.
+    whole = dataclasses.replace(config, head_dim=config.head_size, num_key_value_heads=config.kv_heads)
+    hub = {**family.table.write(whole), **family.write(config), "model_type": config.model_type}
+    if config.positions == "rope":
+        hub |= write_rope(config)
+    where = f"a {config.model_type} folder"
+    again = read_config(json.loads(json.dumps(hub)), architecture, frozenset(), where)
+    for field in dataclasses.fields(DecoderConfig):
+        mine, theirs = getattr(config, field.name), getattr(again, field.name)
+        if field.compare and mine != theirs and not _means_the_same(config, again, field.name):
+            raise ConfigError(
+                f"{field.name}: {where} cannot say {mine!r} (it would be read as {theirs!r}); "
+                "choose another model_type"
+            )
+    return hub
 
 
-def _bias(hub: Mapping[str, Any], where: str) -> dict[str, Any]:
-    return {"attention_output_bias": hub.get("attention_bias", False)}
-
-
-IGNORED: Mapping[str, str] = {
-    **rope_config.IGNORED,
-    "pretraining_tp": "splits the work, not the result",
-    "original_max_position_embeddings": "read as rotary positions",
-}
-
-DECODERS: Mapping[str, DecoderFamily] = MappingProxyType(
-    {
-        "llama": DecoderFamily(
-            "LlamaForCausalLM",
-            ConfigTable(
-                {**COMMON_FIELDS, "attention_bias": "qkv_bias", "mlp_bias": "mlp_bias"}, ignored=IGNORED
-            ),
-            read=_bias,
-        ),
-    }
-)
+def _means_the_same(config: DecoderConfig, again: DecoderConfig, name: str) -> bool:
+    if name == "layer_types":
+        slides = [[c.slides(i) for i in range(c.num_hidden_layers)] for c in (config, again)]
+        return slides[0] == slides[1]
+    if name == "sliding_window":
+        return not any(config.slides(i) for i in range(config.num_hidden_layers))
+    if name == "embedding_size":
+        return config.embedding_width == again.embedding_width
+    if name == "query_scale":
+        return (config.query_scale or config.head_size) == (again.query_scale or again.head_size)
+    same = {"head_dim": "head_size", "num_key_value_heads": "kv_heads"}.get(name)
+    return same is not None and getattr(config, same) == getattr(again, same)

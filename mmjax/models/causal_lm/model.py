@@ -36,7 +36,17 @@ class CausalLMOutput(ModelOutput):
 
 
 class CausalLM(Model):
-    """A decoder that predicts the next token: LLaMA, Mistral, Qwen, OPT, InternLM2, Gemma; see DecoderConfig."""
+    """A decoder that predicts the next token: LLaMA, Mistral, Qwen, OPT, InternLM2, Gemma.
+
+    >>> import jax
+    >>> sizes = dict(vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=1)
+    >>> model = CausalLM(DecoderConfig(num_attention_heads=2, **sizes))
+    >>> params = model.init(jax.random.key(0), **model.example_batch())["params"]
+    >>> prompt = model.apply({"params": params}, jnp.array([[3, 1, 4]]), cache=model.init_cache(1, 8))
+    >>> out = model.apply({"params": params}, jnp.array([[1]]), cache=prompt.cache)
+    >>> out.logits.shape, int(out.cache.cursor)
+    ((1, 1, 11), 4)
+    """
 
     config: DecoderConfig
 
@@ -102,7 +112,7 @@ class CausalLM(Model):
         return self.model(inputs_embeds, attention_mask, position_ids, segment_ids, cache, key=key, **options)
 
     def hidden(self, *arguments: Any, **options: Any) -> tuple[Array, KVCache | None]:
-        """The hidden states [B, T, D] that the logits are made of, and the cache; arguments as in `__call__`."""
+        """What the logits are made of, [B, T, D], and the cache; arguments as in `__call__`."""
         out = self.decode(*arguments, **options)
         return out.last_hidden_state, out.cache
 
@@ -123,7 +133,7 @@ class CausalLM(Model):
 
         Args:
             input_ids: int [B, T]; or give inputs_embeds.
-            attention_mask: [B, T], non-zero for tokens, zero for padding on either side; None means no padding.
+            attention_mask: [B, T], non-zero for tokens, zero for padding on either side; None: no padding.
             position_ids: int [B, T] or [A, B, T]; None counts the tokens of each row (or segment), on from
                 the cache.
             inputs_embeds: [B, T, D].

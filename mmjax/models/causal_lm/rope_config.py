@@ -13,8 +13,8 @@ from mmjax.language.config import DecoderConfig
 from mmjax.models.hub_config import short
 from mmjax.nn.rope import (
     DynamicScaling,
-    Llama3Scaling,
     LinearScaling,
+    Llama3Scaling,
     LongRopeScaling,
     RopeScaling,
     YarnScaling,
@@ -30,8 +30,8 @@ SCALINGS: Mapping[str, type[RopeScaling]] = {
 # An early name, in folders of 2024.
 _OTHER_NAMES = {"su": "longrope"}
 _ROPE_NAMES = ("rope_parameters", "rope_theta", "rope_scaling")
-IGNORED: Mapping[str, str] = {name: "read as rotary positions" for name in _ROPE_NAMES}
 _CONTEXT = "original_max_position_embeddings"
+IGNORED: Mapping[str, str] = {name: "read as rotary positions" for name in (*_ROPE_NAMES, _CONTEXT)}
 
 
 def read_rope(hub: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> dict[str, Any]:
