@@ -7,12 +7,14 @@ from mmjax.lazy import attach
 if TYPE_CHECKING:
     from mmjax.language.config import DecoderConfig, ExpertsConfig, TextConfig
     from mmjax.language.decoder import Decoder, DecoderOutput
+    from mmjax.language.learned import train_bpe_tokenizer
     from mmjax.language.text_encoder import TextOutput, TextTransformer
     from mmjax.language.tokenizer import Tokenizer, train_clip_tokenizer
 
 _HOMES = {
     "config": ("DecoderConfig", "ExpertsConfig", "TextConfig"),
     "decoder": ("Decoder", "DecoderOutput"),
+    "learned": ("train_bpe_tokenizer",),
     "text_encoder": ("TextOutput", "TextTransformer"),
     "tokenizer": ("Tokenizer", "train_clip_tokenizer"),
 }
@@ -27,5 +29,6 @@ __all__ = [
     "TextOutput",
     "TextTransformer",
     "Tokenizer",
+    "train_bpe_tokenizer",
     "train_clip_tokenizer",
 ]

@@ -9,7 +9,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from mmjax.errors import CheckpointError
+from mmjax.errors import CheckpointError, DataError
 from mmjax.language.tokenizer_config import (
     CLASS_DEFAULTS,
     CLIP_END,
@@ -44,6 +44,33 @@ class FastBackend:
                 encoding.truncate(limit - (self.special_count() if special else 0), direction=side)
                 rows[i] = self._tokenizer.post_process(encoding, None, special).ids
         return rows
+
+    def added(self) -> list[tuple[str, bool]]:
+        """Added tokens: their text, and whether they are special."""
+        tokens = self._tokenizer.get_added_tokens_decoder().values()
+        return [(token.content, token.special) for token in tokens]
+
+    def encode_pieces(self, pieces: Sequence[str]) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of the pieces of one text, and which of its characters each holds; none spans two pieces."""
+        ids, places, done = [], [], 0
+        for number, piece in enumerate(pieces):
+            # What follows a special token is tokenized as the inside of a text and not as its beginning.
+            before = self._anchor() if number else ""
+            encoding = self._tokenizer.encode(before + piece, add_special_tokens=False)
+            first = 1 if number else 0
+            ids += encoding.ids[first:]
+            shift = done - len(before)
+            places += [(begin + shift, end + shift) for begin, end in encoding.offsets[first:]]
+            done += len(piece)
+        return ids, places
+
+    def _anchor(self) -> str:
+        for token in self._tokenizer.get_added_tokens_decoder().values():
+            if token.special and not (token.rstrip or token.lstrip or token.single_word or token.normalized):
+                return token.content
+        raise DataError(
+            "the tokenizer has no special token, so typed text cannot be told from the template's"
+        )
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         text = self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from tokenizers import pre_tokenizers, trainers
 
 from mmjax.errors import CheckpointError, ConfigError, DataError
+from mmjax.language.batching import Layout, checked_texts, max_length_of, side_of
 from mmjax.language.fast import FastBackend, clip_model, clip_tokenizer, open_clip_files, open_fast
 from mmjax.language.spiece import open_pieces
 from mmjax.language.tokenizer_config import (
@@ -20,9 +22,9 @@ from mmjax.language.tokenizer_config import (
     ROLES,
     content_of,
     read_config,
+    read_templates,
+    write_templates,
 )
-
-_NO_LIMIT = 10**20  # the number that transformers writes for "no limit" lies above
 
 _CLEAN_UP = {" ' ": "'"} | {
     f" {mark}": mark for mark in (".", "?", "!", ",", "n't", "'m", "'s", "'ve", "'re")
@@ -82,6 +84,7 @@ class Tokenizer:
     def __init__(self, backend: _Backend, config: Mapping[str, Any]) -> None:
         self._backend = backend
         self._config = dict(config)
+        self._templates: dict[str, tuple[str, str]] = {}
         self._vocab = backend.vocab()
         self.vocab_size = 1 + max(self._vocab.values())
         for role in ROLES:
@@ -91,10 +94,10 @@ class Tokenizer:
             setattr(self, role, token)
             setattr(self, f"{role}_id", None if token is None else self._vocab[token])
         self.padding_side, self.truncation_side = (
-            _side(config.get(name), f"tokenizer_config.json: {name}")
+            side_of(config.get(name), f"tokenizer_config.json: {name}")
             for name in ("padding_side", "truncation_side")
         )
-        self.model_max_length = _max_length(config.get("model_max_length"))
+        self.model_max_length = max_length_of(config.get("model_max_length"))
         self.model_input_names = tuple(config.get("model_input_names") or ("input_ids", "attention_mask"))
 
     @classmethod
@@ -111,6 +114,14 @@ class Tokenizer:
         """
         folder = Path(folder)
         config = read_config(folder, tokenizer_class)
+        templates = read_templates(folder, config)
+        config.pop("chat_template", None)
+        tokenizer = cls._from_vocabulary(folder, config)
+        tokenizer._templates = templates
+        return tokenizer
+
+    @classmethod
+    def _from_vocabulary(cls, folder: Path, config: dict[str, Any]) -> Tokenizer:
         if (folder / "tokenizer.json").is_file():
             return cls(*open_fast(folder / "tokenizer.json", config))
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
@@ -130,6 +141,7 @@ class Tokenizer:
         config = {**self._config, **{role: getattr(self, role) for role in ROLES if role in self._config}}
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
         (folder / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+        write_templates(folder, {name: text for name, (text, _) in self._templates.items()})
         for name in ("special_tokens_map.json", "added_tokens.json"):  # what they say is in the others
             (folder / name).unlink(missing_ok=True)
 
@@ -164,40 +176,135 @@ class Tokenizer:
         Raises:
             DataError: Texts of different length without padding, or something that is no text.
         """
-        texts = _checked_texts(texts)
-        if padding not in (False, True, "longest", "max_length", "do_not_pad"):
-            raise DataError(f"padding: expected True, False, 'longest' or 'max_length', got {padding!r}")
-        if truncation not in (None, False, True):
-            raise DataError(f"truncation: expected True or False, got {truncation!r}")
-        strategy = {True: "longest", False: "", "do_not_pad": ""}.get(padding, str(padding))
-        cut = bool(truncation) or (truncation is None and max_length is not None and not strategy)
-        length = self.model_max_length if max_length is None else max_length
-        if strategy == "max_length" and length is None:
-            raise DataError("padding='max_length' needs max_length: the tokenizer's folder names none")
-        if strategy and self.pad_token_id is None:
-            raise DataError("the tokenizer has no pad_token to pad with: name one in tokenizer_config.json")
-        reserved = self._backend.special_count() if add_special_tokens else 0
-        if cut and length is not None and length < max(reserved, 1):
-            raise DataError(f"max_length {length} leaves no room for the {reserved} special tokens")
-        if cut and strategy and pad_to_multiple_of and length is not None and length % pad_to_multiple_of:
-            raise DataError(
-                f"max_length {length} is not a multiple of pad_to_multiple_of {pad_to_multiple_of}"
-            )
-        rows = self._backend.encode(texts, add_special_tokens, length if cut else None, self.truncation_side)
-        width = _width([len(row) for row in rows], strategy, length, pad_to_multiple_of)
-        side = _side(padding_side or self.padding_side, "padding_side")
-        ids = np.full((len(rows), width), self.pad_token_id or 0, np.int32)
-        mask = np.zeros((len(rows), width), np.int32)
-        for i, row in enumerate(rows):
-            place = slice(0, len(row)) if side == "right" else slice(width - len(row), width)
-            ids[i, place] = row
-            mask[i, place] = 1
-        wanted = (
-            "attention_mask" in self.model_input_names
-            if return_attention_mask is None
-            else return_attention_mask
+        texts = checked_texts(texts)
+        layout = Layout.of(
+            padding,
+            truncation,
+            max_length,
+            self.model_max_length,
+            multiple=pad_to_multiple_of,
+            side=side_of(padding_side or self.padding_side, "padding_side"),
+            pad_id=self.pad_token_id,
+            reserved=self._backend.special_count() if add_special_tokens else 0,
         )
+        rows = self._backend.encode(texts, add_special_tokens, layout.limit, self.truncation_side)
+        return self._named(*layout.arrays(rows), return_attention_mask)
+
+    def _named(self, ids: np.ndarray, mask: np.ndarray, wanted: bool | None = None) -> dict[str, np.ndarray]:
+        wanted = "attention_mask" in self.model_input_names if wanted is None else wanted
         return {"input_ids": ids, "attention_mask": mask} if wanted else {"input_ids": ids}
+
+    @property
+    def chat_template(self) -> str | dict[str, str] | None:
+        """The folder's chat template; by name where it has others than "default"; None if it has none."""
+        texts = {name: text for name, (text, _) in self._templates.items()}
+        return (texts["default"] if set(texts) == {"default"} else texts) if texts else None
+
+    def with_chat_template(self, chat_template: str) -> Tokenizer:
+        """The same tokenizer with another chat template, which is saved with it."""
+        other = copy.copy(self)
+        other._templates = {"default": (chat_template, "chat_template")}
+        return other
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Any],
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = True,
+        chat_template: str | None = None,
+        return_assistant_tokens_mask: bool = False,
+        padding: bool | str = False,
+        truncation: bool | None = None,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        **variables: Any,
+    ) -> Any:
+        """Conversations to prompts, through the folder's chat template; what people typed stays text.
+
+        Args:
+            messages: One conversation, a list of {"role": ..., "content": ...}, or a list of conversations.
+                A content is a text, or a list of {"type": "text", "text": ...} and {"type": "image"}.
+            add_generation_prompt: End with what begins the assistant's next message.
+            continue_final_message: End inside the last message, so that a model goes on with it.
+            tokenize: Return arrays, else the text.
+            chat_template: A template, or the name of one of the folder's, instead of its "default".
+            return_assistant_tokens_mask: Return also where the assistant speaks.
+            padding, truncation, max_length, pad_to_multiple_of, padding_side: As in a call.
+            variables: For the template, such as `tools` and `documents`.
+
+        Returns:
+            What a call returns, with ``assistant_masks`` int32 [B, T] if asked for. Without `tokenize` the
+            text of one conversation, or a list of texts; in a text a special token that was typed looks
+            like one that the template wrote.
+
+        Raises:
+            DataError: The folder has no template, or it refuses the messages.
+            CheckpointError: The template cannot be read.
+        """
+        from mmjax.language.chat import render_chat
+
+        several = bool(messages) and isinstance(messages[0], list | tuple)
+        template = self._template(chat_template, "tools" in variables)
+        roles = {role: getattr(self, role) for role in ROLES if getattr(self, role) is not None}
+        options = {
+            **roles,
+            **variables,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+        }
+        chats = messages if several else [messages]
+        if not tokenize:
+            texts = [render_chat(template, chat, **options) for chat in chats]
+            return texts if several else texts[0]
+        layout = Layout.of(
+            padding,
+            truncation,
+            max_length,
+            self.model_max_length,
+            multiple=pad_to_multiple_of,
+            side=side_of(padding_side or self.padding_side, "padding_side"),
+            pad_id=self.pad_token_id,
+        )
+        pairs = [self.encode_chat(chat, template, return_assistant_tokens_mask, options) for chat in chats]
+        keep = slice(layout.limit) if self.truncation_side == "right" else slice(-(layout.limit or 0), None)
+        batch = self._named(*layout.arrays([ids[keep] for ids, _ in pairs]))
+        if return_assistant_tokens_mask:
+            batch["assistant_masks"] = layout.arrays([answers[keep] for _, answers in pairs], fill=0)[0]
+        return batch
+
+    def encode_chat(
+        self, chat: Any, template: Any, answers: bool, options: Mapping[str, Any]
+    ) -> tuple[list[int], list[int]]:
+        """Ids of one conversation and, if asked for, which of them the assistant says (1, else 0)."""
+        from mmjax.language.chat import ControlTokens, answer_spans, chat_pieces
+
+        if not isinstance(self._backend, FastBackend):
+            raise DataError("conversations need a tokenizer.json: this folder has another kind of vocabulary")
+        added = self._backend.added()
+        pieces = chat_pieces(template, chat, ControlTokens.of(added, template), **options)
+        ids, places = self._backend.encode_pieces(pieces)
+        if not answers:
+            return ids, []
+        spans = answer_spans(template, chat, [text for text, special in added if special], **options)
+        # A token may begin with the space before an answer.
+        return ids, [int(any(last > begin and first < end for begin, end in spans)) for first, last in places]
+
+    def _template(self, name: str | None, has_tools: bool) -> Any:
+        from mmjax.language.templates import ChatTemplate
+
+        if name is not None and name not in self._templates:
+            return ChatTemplate(name)
+        name = name or ("tool_use" if has_tools and "tool_use" in self._templates else "default")
+        if name not in self._templates:
+            known = ", ".join(self._templates) or "none"
+            raise DataError(
+                f"the tokenizer has no chat template {name!r} (it has {known}): "
+                "pass chat_template=, or put chat_template.jinja into its folder"
+            )
+        return ChatTemplate(*self._templates[name])
 
     def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False) -> str:
         """Text of one sequence of ids, int [T]."""
@@ -266,50 +373,6 @@ def train_clip_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int 
     tokens = [*alphabet, *learned, CLIP_START, CLIP_END]
     vocab = {token: number for number, token in enumerate(tokens)}
     return Tokenizer(FastBackend(clip_tokenizer(clip_model(vocab, merges), config), config), config)
-
-
-def _side(value: Any, name: str) -> str:
-    if value not in (None, "left", "right"):
-        raise ConfigError(f"{name}: expected 'left' or 'right', got {value!r}")
-    return value or "right"
-
-
-def _max_length(value: Any) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 1:
-        raise ConfigError(
-            f"tokenizer_config.json: model_max_length must be a number of tokens, got {value!r}"
-        )
-    return None if value > _NO_LIMIT else int(value)
-
-
-def _checked_texts(texts: Any) -> list[str]:
-    rows = [texts] if isinstance(texts, str) else list(texts)
-    if not rows:
-        raise DataError("no texts given: pass at least one")
-    for i, text in enumerate(rows):
-        if not isinstance(text, str):
-            raise DataError(f"text {i} is a {type(text).__name__}: pass a string or a list of strings")
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise DataError(
-                f"text {i} has half a surrogate pair, which is no character: decode it as UTF-8 first"
-            )
-    return rows
-
-
-def _width(lengths: list[int], padding: str, length: int | None, multiple: int | None) -> int:
-    longest = max(lengths)
-    if not padding and min(lengths) != longest:
-        raise DataError(
-            f"the texts have from {min(lengths)} to {longest} tokens: pass padding=True for one array"
-        )
-    width = length if padding == "max_length" and length is not None else longest
-    if padding and multiple:
-        width = -(-width // multiple) * multiple
-    if longest > width and min(lengths) != longest:
-        raise DataError(f"a text has {longest} tokens, more than {width}: pass truncation=True")
-    return max(width, longest)
 
 
 __all__ = ["Tokenizer", "train_clip_tokenizer"]

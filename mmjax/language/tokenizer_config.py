@@ -110,6 +110,66 @@ def read_config(folder: Path, tokenizer_class: str | None) -> dict[str, Any]:
     return config
 
 
+TEMPLATE_FILE, TEMPLATE_FOLDER = "chat_template.jinja", "additional_chat_templates"
+_OLD_TEMPLATE_FILE = "chat_template.json"  # beside the processors of older versions
+_TEMPLATE_BYTES = 4 << 20
+
+
+def read_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Chat templates of a folder: name to (text, the file it comes from); the usual one is "default".
+
+    Args:
+        folder: The hub folder.
+        config: Contents of its tokenizer_config.json.
+
+    Raises:
+        CheckpointError: A template is no text, or cannot be read.
+    """
+    files = {"default": folder / TEMPLATE_FILE}
+    files |= {path.stem: path for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}
+    files = {name: path for name, path in files.items() if path.is_file()}
+    if files:
+        return {name: (_template_text(path), str(path)) for name, path in files.items()}
+    where, given = folder / "tokenizer_config.json", config.get("chat_template")
+    if given is None and (folder / _OLD_TEMPLATE_FILE).is_file():
+        where = folder / _OLD_TEMPLATE_FILE
+        given = read_json(where).get("chat_template")
+    named = {"default": given} if isinstance(given, str) else given or {}
+    try:
+        if isinstance(named, list):
+            named = {entry["name"]: entry["template"] for entry in named}
+        texts = {str(name): (text + "", f"{where}: chat_template") for name, text in named.items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{where}: chat_template is neither a text nor a list of names with templates"
+        ) from error
+    return texts
+
+
+def write_templates(folder: Path, templates: Mapping[str, str]) -> None:
+    """Write chat templates as transformers does, and remove those of an earlier save."""
+    (folder / _OLD_TEMPLATE_FILE).unlink(missing_ok=True)
+    for path in (folder / TEMPLATE_FILE, *(folder / TEMPLATE_FOLDER).glob("*.jinja")):
+        path.unlink(missing_ok=True)
+    for name, text in templates.items():
+        path = folder / TEMPLATE_FILE
+        if name != "default":
+            if not name or set(name) & set("/\\:\0") or name.startswith("."):
+                raise CheckpointError(f"chat template {name!r}: its name cannot be that of a file")
+            path = folder / TEMPLATE_FOLDER / f"{name}.jinja"
+            path.parent.mkdir(exist_ok=True)
+        path.write_bytes(text.encode("utf-8"))
+
+
+def _template_text(path: Path) -> str:
+    try:
+        if path.stat().st_size > _TEMPLATE_BYTES:
+            raise CheckpointError(f"{path}: larger than any chat template ({_TEMPLATE_BYTES} bytes)")
+        return path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not a text that can be read ({error})") from error
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file, or a CheckpointError that names the file."""
     try:

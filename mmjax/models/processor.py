@@ -55,16 +55,21 @@ class Processor:
         images: Any = None,
         text: Any = None,
         *,
+        messages: Any = None,
         return_tensors: str | None = None,
         **tokenizer_args: Any,
     ) -> dict[str, np.ndarray]:
-        """Prepare images, text, or both.
+        """Prepare images, text or messages, or both.
 
         Args:
             images: One image or a list, as `ImageProcessor` takes them.
             text: One finished prompt or a list; special tokens in it count.
+            messages: In place of text: a conversation or a list of them, as
+                `Tokenizer.apply_chat_template` takes them. Nothing in them becomes a special token, and they
+                end with what begins the assistant's answer unless `add_generation_prompt` is False.
             return_tensors: None or "np"; arrays are always numpy's.
-            tokenizer_args: padding, truncation, max_length, ... as `Tokenizer` takes them.
+            tokenizer_args: padding, truncation, max_length, ... as `Tokenizer` takes them; with messages
+                also those of `Tokenizer.apply_chat_template`.
 
         Returns:
             ``input_ids`` int32 [B, T] and, if the folder asks for it, ``attention_mask`` int32 [B, T];
@@ -77,15 +82,21 @@ class Processor:
             raise DataError(
                 f"return_tensors: the arrays are numpy's, so None or 'np', got {return_tensors!r}"
             )
-        if images is None and text is None:
-            raise DataError("nothing to process: pass images, text, or both")
+        if images is None and text is None and messages is None:
+            raise DataError("nothing to process: pass images, text or messages, or both")
+        if text is not None and messages is not None:
+            raise DataError("text and messages were given: pass a finished prompt or what it is made of")
         if images is not None and self.image_processor is None:
             raise DataError("images were given, but this processor has no image processor")
-        if text is not None and self.tokenizer is None:
+        if (text is not None or messages is not None) and self.tokenizer is None:
             raise DataError("text was given, but this processor has no tokenizer")
         batch: dict[str, np.ndarray] = {}
         if text is not None and self.tokenizer is not None:
             batch |= self.tokenizer(text, **tokenizer_args)
+        if messages is not None and self.tokenizer is not None:
+            batch |= self.tokenizer.apply_chat_template(
+                messages, **{"add_generation_prompt": True, **tokenizer_args}
+            )
         if images is not None and self.image_processor is not None:
             batch |= self.image_processor(images)
         return batch

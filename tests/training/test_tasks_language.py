@@ -1,4 +1,4 @@
-"""The next-token task on a stand-in decoder: the loss it says it is, in micro-batches, on a mesh, in a run."""
+"""The next-token task on a stand-in decoder: the loss it says it is, in micro-batches, and on a mesh."""
 
 from __future__ import annotations
 
