@@ -1,4 +1,4 @@
-"""Kernels stored as int8, for parameters that do not train: half of bfloat16's memory, a quarter of float32's.
+"""Kernels stored as int8, for parameters that do not train: half of the bytes of bfloat16.
 
 A kernel [D, F] is kept as int8 `values` and one float32 `scale` per output channel:
 
