@@ -34,7 +34,8 @@ class Train:
     Args:
         steps: optimizer steps of a stage.
         batch_size: samples per step, over all devices and micro-batches.
-        accumulate: micro-batches per step, run one after another.
+        accumulate: micro-batches per step, run one after another; the step's result is the whole batch's,
+            also where the loss compares its samples with each other (gradient caching).
         seed: of the parameters, the order of samples and dropout.
         weight_decay: AdamW's, on arrays of two or more dimensions.
         b1, b2, eps: Adam's constants.

@@ -23,6 +23,8 @@ class Task(Protocol):
     """A loss: named float32 scalars whose sum is minimised.
 
     A task whose call takes `mesh` is given the mesh that the batch is split over (None on one device).
+    A task whose call takes `micro_batches` is given their number and the whole batch, since its loss is no
+    mean over samples (see `in_micro_batches`); the gradients of any other are averaged over micro-batches.
     A task may also have `project(params)`, which maps the trained parameters (flat, by path) back
     into the set they have to stay in after every update.
     """
@@ -51,7 +53,7 @@ def make_train_step(
         model: the Linen module handed to the task.
         task: the loss.
         optimizer: made over the trained parameters.
-        accumulate: micro-batches per step; their gradients are averaged.
+        accumulate: micro-batches per step, run one after another; the loss is the whole batch's.
         ema_decay: share of the average that stays each step; 0 keeps none.
         rates: learning rates to report, by name.
         mesh: given to a task that asks for it; None where the batch lies on one device.
@@ -62,7 +64,9 @@ def make_train_step(
         was, with `bad_step` and `bad_term` set (see `term_name`), and stays so.
     """
     project = getattr(task, "project", lambda params: params)
-    asked = {"mesh": mesh} if "mesh" in inspect.signature(task).parameters else {}
+    offered = {"mesh": mesh, "micro_batches": accumulate}
+    asked = {name: offered[name] for name in offered if name in inspect.signature(task).parameters}
+    averaged = 1 if "micro_batches" in asked else accumulate
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         def loss(params: FlatParams, part: Batch, key: jax.Array) -> tuple[jax.Array, Terms]:
@@ -70,7 +74,7 @@ def make_train_step(
             return sum(terms.values(), start=jnp.zeros([])), terms
 
         key = jax.random.fold_in(state.key, state.step)
-        grads, terms = average_gradients(loss, state.params, batch, key, accumulate)
+        grads, terms = average_gradients(loss, state.params, batch, key, averaged)
         norm = optax.tree.norm(grads)
         bad = ~jnp.isfinite(jnp.stack([*(terms[name] for name in sorted(terms)), norm]))
 
@@ -114,9 +118,6 @@ def average_gradients(
 ) -> tuple[FlatParams, Terms]:
     """Gradients and terms, averaged over `parts` micro-batches that run one after another.
 
-    Row i goes to micro-batch i modulo `parts`, so that every device splits its own rows and none
-    has to travel.
-
     Args:
         loss: (params, batch, key) -> (scalar, terms).
         params: flat parameters.
@@ -127,7 +128,7 @@ def average_gradients(
     gradient = jax.grad(loss, has_aux=True)
     if parts == 1:
         return gradient(params, batch, key)
-    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    split = _split(batch, parts)
 
     def add(total: Any, item: tuple[jax.Array, Batch]) -> tuple[Any, None]:
         index, part = item
@@ -138,3 +139,49 @@ def average_gradients(
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     total, _ = jax.lax.scan(add, zeros, (jnp.arange(parts), split))
     return jax.tree.map(lambda leaf: leaf / parts, total)
+
+
+def in_micro_batches(
+    function: Callable[[Batch, jax.Array], Any], batch: Batch, key: jax.Array, parts: int
+) -> Any:
+    """Apply `function` to micro-batches one after another and put the rows together again.
+
+    The backward pass runs `function` a second time, one micro-batch after another, in place of keeping its
+    activations: between the two lie only the results, such as embeddings, of which a loss can then see the
+    whole batch. That is gradient caching. The gradient is exact, dropout included, since a micro-batch has
+    the same key both times.
+
+    Args:
+        function: (batch [B / parts, ...], key) -> pytree of arrays [B / parts, ...].
+        batch: arrays [B, ...]; B is a multiple of `parts`.
+        key: split among the micro-batches by fold_in; used as it is where there is one.
+        parts: number of micro-batches.
+
+    Returns:
+        The pytree with arrays [B, ...], rows in the batch's order.
+
+    Source: Gao et al. 2021, "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup".
+
+    >>> double = lambda part, key: 2 * part["x"]
+    >>> in_micro_batches(double, {"x": jnp.arange(4)}, jax.random.key(0), 2).tolist()
+    [0, 2, 4, 6]
+    """
+    if parts == 1:
+        return function(batch, key)
+
+    def one(_: None, item: tuple[jax.Array, Batch]) -> tuple[None, Any]:
+        index, part = item
+        return None, function(part, jax.random.fold_in(key, index))
+
+    # A loop's body cannot be merged with that of the backward loop, so nothing has to be held apart.
+    one = jax.checkpoint(one, prevent_cse=False)
+    _, results = jax.lax.scan(one, None, (jnp.arange(parts), _split(batch, parts)))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), results)
+
+
+def _split(batch: Batch, parts: int) -> Any:
+    """[B, ...] to [parts, B / parts, ...]; row i goes to micro-batch i modulo `parts`.
+
+    So every device splits its own rows and none has to travel.
+    """
+    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)

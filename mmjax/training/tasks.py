@@ -14,9 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mmjax import losses
+from mmjax.errors import ConfigError
 from mmjax.parallel import BATCH_AXES
 from mmjax.training.state import FlatParams
-from mmjax.training.step import Batch, Terms
+from mmjax.training.step import Batch, Terms, in_micro_batches
 
 SCALE = "logit_scale"
 CONTRASTIVE_INPUTS = ("input_ids", "attention_mask", "pixel_values")
@@ -26,15 +27,21 @@ CONTRASTIVE_INPUTS = ("input_ids", "attention_mask", "pixel_values")
 class Contrastive:
     """Symmetric InfoNCE between the images and the texts of a batch, over the whole batch.
 
-    With `accumulate` above 1 each micro-batch is its own set of candidates.
+    With `accumulate` above 1 the towers run over micro-batches, and every image is still compared with
+    every text of the whole batch (gradient caching; open_clip's `--accum-freq`).
 
     Args:
         max_scale: the multiplier stays at or below this; `logit_scale` at or below its logarithm.
+        groups: name of an integer array [B] of the batch, such as "labels"; images and texts of one group
+            are all positives of each other. None: each image has its own text alone.
+        block_size: see `mmjax.losses.infonce`.
 
     Source: Radford et al. 2021, "Learning Transferable Visual Models", sections 2.3 and 2.5.
     """
 
     max_scale: float = 100.0
+    groups: str | None = None
+    block_size: int | None = None
 
     def __call__(
         self,
@@ -43,11 +50,12 @@ class Contrastive:
         batch: Batch,
         key: jax.Array,
         mesh: Mesh | None = None,
+        micro_batches: int = 1,
     ) -> Terms:
-        out = _run(model, params, batch, key, CONTRASTIVE_INPUTS)
+        embeds = _embed_pairs(model, params, batch, key, micro_batches)
         scale = jnp.exp(jnp.minimum(params[SCALE], math.log(self.max_scale)))
-        embeds = out["image_embeds"], out["text_embeds"]
-        return {"contrastive": losses.infonce(*embeds, scale, mesh=mesh, axis=BATCH_AXES)}
+        options = _pairing(self, batch, mesh)
+        return {"contrastive": losses.infonce(*embeds, scale, **options)}
 
     def project(self, params: FlatParams) -> FlatParams:
         """Clamp the parameter too, so that it cannot wander off where it has no gradient."""
@@ -57,10 +65,16 @@ class Contrastive:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sigmoid:
-    """Pairwise sigmoid loss between the images and the texts of a batch.
+    """Pairwise sigmoid loss between the images and the texts of a batch, over the whole batch.
+
+    Args:
+        groups, block_size: as in `Contrastive`, and so is `accumulate`.
 
     Source: Zhai et al. 2023, "Sigmoid Loss for Language Image Pre-Training", algorithm 1.
     """
+
+    groups: str | None = None
+    block_size: int | None = None
 
     def __call__(
         self,
@@ -69,11 +83,12 @@ class Sigmoid:
         batch: Batch,
         key: jax.Array,
         mesh: Mesh | None = None,
+        micro_batches: int = 1,
     ) -> Terms:
-        out = _run(model, params, batch, key, CONTRASTIVE_INPUTS)
-        embeds = out["image_embeds"], out["text_embeds"]
+        embeds = _embed_pairs(model, params, batch, key, micro_batches)
         scale, bias = jnp.exp(params[SCALE]), params["logit_bias"]
-        return {"sigmoid": losses.sigmoid(*embeds, scale, bias, mesh=mesh, axis=BATCH_AXES)}
+        options = _pairing(self, batch, mesh)
+        return {"sigmoid": losses.sigmoid(*embeds, scale, bias, **options)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,6 +128,32 @@ class MaskedImage:
         inputs = {"pixel_values": pixels, "bool_masked_pos": hidden}
         out = _run(model, params, inputs, run_key, tuple(inputs))
         return {"reconstruction": losses.masked_l1(out["reconstruction"], pixels, hidden)}
+
+
+def _embed_pairs(
+    model: nn.Module, params: Mapping[str, Any], batch: Batch, key: jax.Array, micro_batches: int
+) -> tuple[jax.Array, jax.Array]:
+    """Image and text embeddings [B, E] of the whole batch."""
+
+    def embed(part: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out = _run(model, params, part, key, CONTRASTIVE_INPUTS)
+        return out["image_embeds"], out["text_embeds"]
+
+    inputs = {name: batch[name] for name in CONTRASTIVE_INPUTS if name in batch}
+    return in_micro_batches(embed, inputs, key, micro_batches)
+
+
+def _pairing(task: Contrastive | Sigmoid, batch: Batch, mesh: Mesh | None) -> dict[str, Any]:
+    """The loss's keyword arguments.
+
+    Raises:
+        ConfigError: the batch does not have the task's groups.
+    """
+    if task.groups is not None and task.groups not in batch:
+        has = ", ".join(sorted(batch))
+        raise ConfigError(f"{type(task).__name__}.groups: the batch has no {task.groups!r}; it has {has}")
+    groups = None if task.groups is None else batch[task.groups]
+    return {"groups": groups, "block_size": task.block_size, "mesh": mesh, "axis": BATCH_AXES}
 
 
 def _run(
