@@ -88,6 +88,7 @@ def experiment() -> Experiment:
             b1=0.9,
             b2=0.98,
             eps=1e-6,
+            clip_norm=0.0,
             log_every=100,
             checkpoint_every=5000,
         ),

@@ -62,9 +62,7 @@ def experiment() -> Experiment:
             processor=ProcessorFromFolder(),
         ),
         data=WebDatasetData(shards="data/train", max_length=TEXT_LENGTH, crop_scale=None, num_threads=16),
-        stages=(
-            Stage(name="contrastive", loss=Sigmoid(), rules=((".*", Cosine(peak=1e-3, warmup=0.03)),)),
-        ),
+        stages=(Stage(name="contrastive", loss=Sigmoid(), rules=((".*", Cosine(peak=1e-3, warmup=0.03)),)),),
         train=Train(
             steps=274_658,
             batch_size=32_768,

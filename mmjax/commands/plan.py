@@ -13,13 +13,14 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mmjax.commands.output import byte_text, count_text, print_json, print_table
+from mmjax.commands.output import byte_text, count_text, print_json, printable
 from mmjax.commands.parser import add_json
 
 _OPTIONS = ("--chip", "--smoke", "--json", "--help")
 _PARTS = ("parameters", "optimizer", "ema", "batch", "gradients", "embeddings", "loss", "activations")
 _LABELS = {"optimizer": "optimizer state", "ema": "moving average", "loss": "loss workspace"}
 _FULL = 0.75
+_PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +70,8 @@ def run(options: argparse.Namespace) -> int:
     for number, plan in enumerate(plans):
         if number:
             print()
-        print_table(("", ""), list(_rows(plan)))
+        for label, text in _rows(plan):
+            print(f"{label:<20}{printable(text)}".rstrip())
     print()
     for line in _notes(plans):
         print(line)
@@ -145,13 +147,10 @@ def _si(value: float) -> str:
         >>> _si(1.5e12), _si(12)
         ('1.50 T', '12.00 ')
     """
-    for prefix in ("", "k", "M", "G", "T", "P"):
-        if value < 1000:
-            break
-        value /= 1000
-    else:
-        prefix = "E"
-    return f"{value:.2f} {prefix}"
+    power = 0
+    while value >= 1000 and power < len(_PREFIXES) - 1:
+        value, power = value / 1000, power + 1
+    return f"{value:.2f} {_PREFIXES[power]}"
 
 
 def _seconds(value: float) -> str:

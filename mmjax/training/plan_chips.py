@@ -194,4 +194,5 @@ def _typed(own: dict[str, float]) -> dict[str, float]:
 
 
 def _example() -> str:
-    return "bfloat16=989e12,float32=494e12,memory=80e9,bandwidth=3.35e12,link=450e9,network=50e9,devices_per_node=8"
+    figures = (989e12, 494e12, 80e9, 3.35e12, 450e9, 50e9, 8)
+    return ",".join(f"{name}={figure:g}" for name, figure in zip(_NUMBERS, figures, strict=True))

@@ -12,6 +12,7 @@ import dataclasses
 import inspect
 import json
 import math
+import socket
 import sys
 import traceback
 from collections.abc import Mapping
@@ -31,6 +32,17 @@ from mmjax.training.source import OpenedModel
 from mmjax.training.stage_run import StageRun
 from mmjax.training.state import merge
 
+# XLA's CPU scheduler would otherwise start as much as it can at once, and hold more than a chip's does.
+# And it would keep in float32 what a bfloat16 program means to keep in bfloat16.
+OPTIONS: dict[str, bool] = {
+    "xla_cpu_enable_concurrency_optimized_scheduler": False,
+    "xla_allow_excess_precision": False,
+}
+# No chip of the table has more memory of its own than this, beside that which data sheets call its memory.
+_CACHE = 2**27
+# XLA takes CPU devices beyond these for those of another process, with which it has to be able to talk.
+_DEVICES_OF_A_PROCESS = 2048
+
 
 def emulate(devices: int) -> None:
     """Let this process see as many CPU devices as the mesh has.
@@ -41,6 +53,12 @@ def emulate(devices: int) -> None:
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", devices)
+        if devices > _DEVICES_OF_A_PROCESS:
+            jax.config.update("jax_cpu_collectives_implementation", "gloo")
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=1, process_id=0)
     except RuntimeError:
         if len(jax.devices()) < devices:
             raise ConfigError(
@@ -80,8 +98,8 @@ def compile_stage(
     data = experiment.data if run.stage.data is None else run.stage.data
     batch = batch_shapes(opened.model, run.stage.loss, data, opened.shapes, run.settings.batch_size)
     traced = run._step.trace(run.shapes, batch)
-    compiled = traced.lower().compile()
-    work = count_jaxpr(traced.jaxpr)
+    compiled = traced.lower().compile(OPTIONS)
+    work = count_jaxpr(traced.jaxpr, devices=mesh.size, cache=_CACHE)
     loss = _loss_alone(run, opened, batch)
     network, unknown = collectives(compiled.as_text(), mesh.size, devices_per_node)
     sizes = {path: math.prod(leaf.shape) for path, leaf in opened.shapes.items()}
@@ -157,13 +175,15 @@ def _loss_alone(run: StageRun, opened: OpenedModel, batch: Mapping[str, Any]) ->
 
     split, whole = batch_sharding(run.mesh), replicated(run.mesh)
     gradient = jax.jit(
-        jax.grad(value, argnums=(0, 1)), in_shardings=(split, whole, split), out_shardings=(split, whole)
+        jax.value_and_grad(value, argnums=(0, 1)),
+        in_shardings=(split, whole, split),
+        out_shardings=(whole, (split, whole)),
     )
     traced = gradient.trace(embeds, scalars, others)
     return {
         # Each side and its gradient.
         "embeddings": 2 * device_bytes(embeds, split),
-        "workspace": traced.lower().compile().memory_analysis().temp_size_in_bytes,
+        "workspace": traced.lower().compile(OPTIONS).memory_analysis().temp_size_in_bytes,
         "flops": count_jaxpr(traced.jaxpr).total_flops,
     }
 

@@ -56,38 +56,48 @@ def count_work(function: Callable[..., Any], *arguments: Any) -> Work:
     return count_jaxpr(jax.make_jaxpr(function)(*arguments))
 
 
-def count_jaxpr(closed: ClosedJaxpr) -> Work:
+def count_jaxpr(closed: ClosedJaxpr, *, devices: int = 1, cache: float = 0) -> Work:
     """Count the products of a traced program that its results need.
 
     What no result needs is not counted, since XLA removes it: a model may return more than a loss looks at.
+
+    Args:
+        closed: the program.
+        devices: that share every product equally, except inside shard_map, where shapes are one device's.
+        cache: bytes; a product whose operands and result together are no larger, on one device, may find
+            and leave them in the chip's own memory, and its bytes are not counted.
     """
     from jax.interpreters import partial_eval
 
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-    return _count(jaxpr)
+    return _count(jaxpr, cache * devices, cache)
 
 
-def _count(jaxpr: Jaxpr) -> Work:
+def _count(jaxpr: Jaxpr, cache: float, local: float) -> Work:
+    """Count; `cache` is that of all devices together, `local` that of one."""
     work = Work()
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
         if name in _PRODUCTS:
-            work.add(_PRODUCTS[name](equation))
+            product = _PRODUCTS[name](equation)
+            product.bytes *= product.bytes > cache
+            work.add(product)
         elif name == "scan":
-            work.add(_count(params["jaxpr"].jaxpr), params["length"])
+            work.add(_count(params["jaxpr"].jaxpr, cache, local), params["length"])
         elif name == "while":
-            work.add(_count(params["body_jaxpr"].jaxpr))
+            work.add(_count(params["body_jaxpr"].jaxpr, cache, local))
             work.loops_of_unknown_length += 1
         elif name == "cond":
-            branches = [_count(branch.jaxpr) for branch in params["branches"]]
+            branches = [_count(branch.jaxpr, cache, local) for branch in params["branches"]]
             work.add(max(branches, key=lambda branch: branch.total_flops))
         elif name == "shard_map":
             # Inside, shapes are those of one device.
             axes = params.get("manual_axes") or params["mesh"].axis_names
-            work.add(_count(params["jaxpr"]), math.prod(params["mesh"].shape[axis] for axis in axes))
+            inside = _count(params["jaxpr"], local, local)
+            work.add(inside, math.prod(params["mesh"].shape[axis] for axis in axes))
         else:
             for inner in _inner(params):
-                work.add(_count(inner))
+                work.add(_count(inner, cache, local))
     return work
 
 

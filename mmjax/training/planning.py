@@ -47,7 +47,8 @@ def make_plans(
         "devices_per_node": chip.devices_per_node,
     }
     flags = _DEVICE_COUNT.sub("", os.environ.get("XLA_FLAGS", "")).strip()
-    kept = {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES")}
+    environment = {**os.environ, **_SETTINGS, "XLA_FLAGS": flags}
+    environment.pop("JAX_NUM_CPU_DEVICES", None)
     done = subprocess.run(
         # -B: not even the experiment's bytecode is written.
         [sys.executable, "-B", "-m", "mmjax.training.plan_compile"],
@@ -55,7 +56,7 @@ def make_plans(
         stdout=subprocess.PIPE,
         stderr=None if debug else subprocess.PIPE,
         text=True,
-        env={**kept, **_SETTINGS, **({"XLA_FLAGS": flags} if flags else {})},
+        env=environment,
         check=False,
     )
     if done.returncode:
@@ -75,11 +76,11 @@ def plan_stage(compiled: Mapping[str, Any], chip: Chip) -> dict[str, Any]:
         chip: the chip.
 
     Returns:
-        What was compiled, and: "memory_traffic", bytes that one device moves to and from its memory (the
-        operands and results of products, and the state read and written once; whatever stands between
-        products is taken to be fused with them); "seconds" that a step takes at least to "compute", for
-        "memory" and for "network"; "bound", the largest of these; "step_seconds", its time;
-        "samples_per_second", at most; "memory_share", of the chip's memory at the peak; "fits".
+        What was compiled, and: "memory_traffic", bytes that one device moves to and from its memory at least
+        (operands and results of products too large for the chip's cache, and the state read and written
+        once; whatever stands between products is taken to be fused with them); "seconds" that a step takes
+        at least to "compute", for "memory" and for "network"; "bound", the largest of these; "step_seconds",
+        its time; "samples_per_second", at most; "memory_share", of the chip's memory at the peak; "fits".
     """
     devices, size = compiled["devices"], compiled["bytes"]
     state = size["parameters"] + size["optimizer"] + size["ema"] + size["gradients"]

@@ -92,7 +92,9 @@ def check(workdir: Path, name: str, steps: int) -> None:
     assert 0 <= metrics["image_to_text"]["R@1"] <= metrics["image_to_text"]["R@5"] <= 1
     assert any((workdir / "checkpoints" / name).iterdir())
     model, params, processor = mmjax.load(workdir / "models" / name)
-    batch = processor(images=[Image.new("RGB", (8, 8))], text=CAPTIONS[:2], padding="max_length", max_length=12)
+    batch = processor(
+        images=[Image.new("RGB", (8, 8))], text=CAPTIONS[:2], padding="max_length", max_length=12
+    )
     assert model.apply({"params": params}, **batch).logits_per_image.shape == (1, 2)
 
 
@@ -142,7 +144,14 @@ def test_siglip_trains_on_shards(shards: list[str], tmp_path: Path) -> None:
     [
         (
             "clip_vit_b32.py",
-            {"batch_size": 32768, "steps": 390625, "b2": 0.98, "eps": 1e-6, "weight_decay": 0.2, "clip_norm": 0},
+            {
+                "batch_size": 32768,
+                "steps": 390625,
+                "b2": 0.98,
+                "eps": 1e-6,
+                "weight_decay": 0.2,
+                "clip_norm": 0,
+            },
         ),
         (
             "siglip_vit_b16.py",

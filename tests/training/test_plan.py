@@ -1,0 +1,322 @@
+"""What `mmjax plan` says, against what XLA reports, what arrays hold, and counts made by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec
+
+from mmjax import losses
+from mmjax.cli import main
+from mmjax.errors import ConfigError
+from mmjax.parallel import make_mesh
+from mmjax.training.cli import load_experiment
+from mmjax.training.plan_chips import CHIPS, find_chip
+from mmjax.training.plan_compile import OPTIONS
+from mmjax.training.plan_flops import count_jaxpr, count_work
+from mmjax.training.plan_hlo import collectives
+from mmjax.training.planning import make_plans, plan_stage
+from mmjax.training.stage_run import StageRun
+from tests.training import toy
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "experiments" / "quickstart.py"
+SMALL = [
+    "train.batch_size=32",
+    "train.ema_decay=0.9",
+    *(f"model.config.{tower}_config.num_hidden_layers=1" for tower in ("vision", "text")),
+]
+H100 = CHIPS["h100"]
+
+
+def shape(*dims: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+# --- FLOPs
+
+
+def test_products_are_counted_by_dtype_with_their_bytes() -> None:
+    def f(x: Any, y: Any) -> Any:
+        batched = jnp.einsum("bij,bjk->bik", x, y)
+        return batched.sum() + jnp.dot(x[0].astype("bfloat16"), y[0].astype("bfloat16")).sum()
+
+    work = count_work(f, shape(3, 4, 5), shape(3, 5, 7))
+    assert work.flops == {"float32": 2.0 * 3 * 4 * 5 * 7, "bfloat16": 2.0 * 4 * 5 * 7}
+    assert work.bytes == 4 * 3 * (4 * 5 + 5 * 7 + 4 * 7) + 2 * (4 * 5 + 5 * 7 + 4 * 7)
+
+
+def test_a_convolution_is_counted() -> None:
+    def f(x: Any, kernel: Any) -> Any:
+        return jax.lax.conv_general_dilated(
+            x, kernel, (2, 2), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    work = count_work(f, shape(3, 8, 6, 5), shape(2, 2, 5, 7))
+    assert work.total_flops == 2 * (3 * 4 * 3 * 7) * (2 * 2 * 5)
+
+
+def test_loops_branches_remat_and_custom_gradients_are_followed() -> None:
+    one = 2.0 * 4**3
+
+    @jax.custom_vjp
+    def squared(x: Any) -> Any:
+        return x @ x
+
+    squared.defvjp(lambda x: (x @ x, x), lambda x, g: (g @ x.T + x.T @ g,))
+
+    def body(x: Any, _: None) -> tuple[Any, None]:
+        return jax.checkpoint(lambda x: jnp.tanh(x @ jnp.tanh(x)))(x), None
+
+    def scanned(x: Any) -> Any:
+        return jax.lax.scan(body, x, length=5)[0].sum()
+
+    def branched(x: Any, flag: Any) -> Any:
+        return jax.lax.cond(flag, lambda x: x @ x @ x, lambda x: x @ x, x)
+
+    x = shape(4, 4)
+    assert count_work(scanned, x).total_flops == 5 * one
+    # Forward, forward again, and one product for each of the two factors.
+    assert count_work(jax.grad(scanned), x).total_flops == 5 * 4 * one
+    assert count_work(jax.grad(lambda x: squared(x).sum()), x).total_flops == 2 * one
+    assert count_work(branched, x, shape(dtype="bool")).total_flops == 2 * one
+    loop = count_work(lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 9, lambda x: x @ x, x), x)
+    assert (loop.total_flops, loop.loops_of_unknown_length) == (one, 1)
+
+
+def test_what_fits_a_chip_s_cache_is_no_memory_traffic() -> None:
+    jaxpr = jax.make_jaxpr(lambda x, y: (x @ x.T, y @ y.T))(shape(64, 64), shape(8, 8))
+    large, small = 3 * 4 * 64 * 64, 3 * 4 * 8 * 8
+    assert count_jaxpr(jaxpr).bytes == large + small
+    assert count_jaxpr(jaxpr, cache=small).bytes == large
+    assert count_jaxpr(jaxpr, cache=small, devices=64).bytes == 0
+
+
+def test_what_no_result_needs_is_not_counted() -> None:
+    assert count_work(lambda x: (x @ x, x)[1], shape(4, 4)).total_flops == 0
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_a_sharded_loss_is_counted_on_all_devices(devices: int) -> None:
+    """The value compares all pairs once; its gradient once more, with a product for either side."""
+    mesh = make_mesh({"data": devices}, jax.devices()[:devices]) if devices > 1 else None
+    count, width = 64, 16
+    products = 2.0 * count * count * width
+    embeds, scale = shape(count, width), shape()
+
+    def loss(image: Any, text: Any, scale: Any) -> Any:
+        return losses.infonce(image, text, scale, block_size=8, mesh=mesh)
+
+    found = count_work(jax.grad(loss, argnums=(0, 1)), embeds, embeds, scale).total_flops
+    # The positives' own dot products, forward.
+    assert found == pytest.approx(4 * products + 2 * count * width, abs=2 * count * width)
+
+
+# --- collectives
+
+
+def test_collectives_of_a_ring_are_counted_with_the_turns_of_its_loop() -> None:
+    devices, rows, width, block = 8, 64, 16, 8
+    mesh = make_mesh({"data": devices})
+    ring = [(i, (i + 1) % devices) for i in range(devices)]
+
+    def local(x: Any) -> Any:
+        def visit(state: Any, _: None) -> tuple[Any, None]:
+            travelling, total = state
+            return (jax.lax.ppermute(travelling, "data", ring), total + travelling @ x.T), None
+
+        total = jnp.zeros((rows // devices, rows // devices))
+        return jax.lax.psum(jax.lax.scan(visit, (x, total), length=devices)[0][1], "data")
+
+    mapped = jax.shard_map(
+        local, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec(), check_vma=False
+    )
+    text = jax.jit(mapped).lower(shape(rows, width)).compile().as_text()
+    found, unknown = collectives(text, devices, devices_per_node=4)
+    assert unknown == 0
+    permute, total = found["collective-permute"], found["all-reduce"]
+    assert (permute.count, permute.bytes) == (devices, devices * 4 * block * width)
+    assert total.bytes == pytest.approx(2 * 4 * block * block * 7 / 8)
+    assert permute.between_nodes == permute.bytes and total.between_nodes == total.bytes
+    within, _ = collectives(text, devices, devices_per_node=8)
+    assert {kind: traffic.between_nodes for kind, traffic in within.items()} == dict.fromkeys(found, 0.0)
+
+
+PROGRAM = """
+%body (p: (s32[], bf16[6,4])) -> (s32[], bf16[6,4]) {
+  %g = (bf16[3,4]{1,0}, bf16[6,4]{1,0}) all-gather-start(%x), replica_groups={{0,1},{2,3}}, dimensions={0}
+  ROOT %r = (s32[], bf16[6,4]) tuple(%i, %d)
+}
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %w = (s32[], bf16[6,4]) while(%t), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %s = f32[2]{0} reduce-scatter(%a), replica_groups=[2,2]<=[2,2]T(1,0), dimensions={0}, to_apply=%add
+  %a = (f32[4]{0}, pred[8]{0}) all-to-all(%b, %c), replica_groups={}
+  ROOT %o = f32[4]{0} copy(%s)
+}
+"""
+
+
+def test_every_way_to_write_a_collective_is_read() -> None:
+    found, unknown = collectives(PROGRAM, devices=4, devices_per_node=2)
+    assert unknown == 0
+    gather, scatter, swap = (found[kind] for kind in ("all-gather", "reduce-scatter", "all-to-all"))
+    # The result has 48 bytes, of which a device has half already; neighbours 0,1 and 2,3 share a node.
+    assert (gather.count, gather.bytes, gather.between_nodes) == (5, 5 * 24, 0)
+    # Its groups are 0,2 and 1,3.
+    assert (scatter.bytes, scatter.between_nodes) == (8, 8)
+    assert swap.bytes == (16 + 8) * 3 / 4
+
+
+def test_a_loop_of_unknown_length_is_told() -> None:
+    text = PROGRAM.replace("known_trip_count", "something_else")
+    found, unknown = collectives(text, devices=4, devices_per_node=2)
+    assert (found["all-gather"].count, unknown) == (1, 1)
+
+
+# --- chips and bounds
+
+
+@pytest.mark.parametrize("name", ["h100", "H100", "nvidia-h100", "v5e", "tpu-v5e", "TPU v5e", "tpuv5e"])
+def test_chips_are_found_by_the_names_that_people_use(name: str) -> None:
+    assert find_chip(name) == CHIPS["v5e" if "v5" in name.lower() else "h100"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("h1000", "no chip 'h1000'; known: a100, h100, h200, b200, v4, v5e, v5p, v6e"),
+        ("h100,ram=3", "no figure 'ram'"),
+        ("h100,memory=-1", "memory=-1 is not a positive number"),
+        ("memory=1e9", "bfloat16 is missing"),
+        ("h100,devices_per_node=2.5", "devices_per_node=2.5 is not"),
+    ],
+)
+def test_a_chip_that_cannot_be_is_refused(text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        find_chip(text)
+
+
+def test_the_slowest_of_three_bounds_the_step() -> None:
+    chip = find_chip("bfloat16=100,float32=50,memory=1000,bandwidth=10,link=4,network=2,devices_per_node=8")
+    size = {"parameters": 10, "optimizer": 20, "ema": 0, "gradients": 10, "total": 900}
+    compiled = {
+        "devices": 2,
+        "batch_size": 6,
+        "bytes": size,
+        "flops": {"bfloat16": 1000.0, "float32": 200.0},
+        "product_bytes": 40.0,
+        "network": {"all-reduce": {"count": 1, "bytes": 20.0, "between_nodes": 8.0}},
+    }
+    plan = plan_stage(compiled, chip)
+    assert plan["seconds"] == {"compute": 5 + 2, "memory": (20 + 2 * 40) / 10, "network": 3 + 4}
+    assert (plan["bound"], plan["step_seconds"], plan["samples_per_second"]) == ("memory", 10, 0.6)
+    assert (plan["memory_share"], plan["fits"]) == (0.9, True)
+    assert not plan_stage({**compiled, "bytes": {**size, "total": 1001}}, chip)["fits"]
+
+
+# --- the whole plan
+
+MESHES = [{"data": 1}, {"data": 2}, {"fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}]
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: "-".join(f"{k}{v}" for k, v in mesh.items()))
+def test_the_memory_figure_is_that_of_xla_and_of_the_arrays(mesh: dict[str, int]) -> None:
+    """The plan saw shapes only, in another process; here the same step takes arrays."""
+    axes = ",".join(f"{axis}={size}" for axis, size in mesh.items())
+    (plan,) = make_plans(str(QUICKSTART), [*SMALL, f"mesh={axes}"], H100)
+
+    experiment = load_experiment(str(QUICKSTART), [*SMALL, f"mesh={axes}"])
+    devices = make_mesh(mesh, jax.devices()[: math.prod(mesh.values())])
+    opened = experiment.model.open(experiment.data, jax.random.key(0), devices)
+    run = StageRun(experiment, 0, opened, devices)
+    state = run.fresh(opened.params())
+    batches = iter(experiment.data.build(processor=opened.processor, batch_size=32, seed=0))
+    host = {
+        name: x
+        for name, x in next(batches).items()
+        if name in ("pixel_values", "input_ids", "attention_mask")
+    }
+    batch = run.place(host)
+    memory = run._step.lower(state, batch).compile(OPTIONS).memory_analysis()
+
+    size = plan["bytes"]
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    assert size["total"] == held + memory.temp_size_in_bytes
+    assert size["xla_temporaries"] == memory.temp_size_in_bytes
+    first = devices.devices.flat[0]
+    for name, arrays in {
+        "parameters": (state.params, state.frozen),
+        "optimizer": state.opt_state,
+        "ema": state.ema,
+        "batch": batch,
+    }.items():
+        local = sum(
+            shard.data.nbytes
+            for leaf in jax.tree.leaves(arrays)
+            for shard in leaf.addressable_shards
+            if shard.device == first
+        )
+        assert size[name] == local, name
+    parts = ("parameters", "optimizer", "ema", "batch", "gradients", "embeddings", "loss", "activations")
+    assert sum(size[name] for name in parts) == size["total"]
+    assert plan["parameters"]["total"] == sum(math.prod(x.shape) for x in opened.shapes.values())
+    assert (plan["devices"], plan["mesh"]) == (devices.size, dict(devices.shape))
+
+
+def test_the_command_plans_for_4096_devices_and_16_million_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = [f"--{override}" for override in SMALL[1:]]
+    wanted = ["--mesh", "data=4096", "--chip", "v5p", "--train.batch_size=16777216", *flags]
+    assert main(["plan", str(QUICKSTART), *wanted, "--json"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)["stages"]
+    assert (plan["devices"], plan["batch_size"]) == (4096, 2**24)
+    # Every pair is compared in float32: once forward; once more backward, with a product for either side.
+    pairs = 2.0 * 2.0**48 * 64
+    assert plan["loss_flops"] == pytest.approx(4 * pairs, rel=1e-3)
+    assert plan["network"]["collective-permute"]["count"] >= 2 * 4096
+    assert plan["fits"]
+    least = plan["loss_flops"] / 4096 / CHIPS["v5p"].float32
+    assert plan["seconds"]["compute"] == pytest.approx(least, rel=0.1) and plan["step_seconds"] >= least
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_says_it_to_people(capsys: pytest.CaptureFixture[str]) -> None:
+    file = Path(toy.__file__)
+    assert main(["plan", str(file), "--mesh=fsdp=2", "--chip", "h100,memory=1000"]) == 0
+    out = capsys.readouterr().out
+    for words in (
+        "stage align",
+        "stage tune",
+        "moving average",
+        "DOES NOT FIT",
+        "bounds the step",
+        "all-reduce",
+    ):
+        assert words in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--chip", "h1000"], "no chip 'h1000'; known: a100"),
+        (["--mesh", "data=4097"], "4,097 devices; a plan is for 4,096 at most"),
+        (["--mesh", "data=3"], "cannot be split over 3 devices"),
+        (["--mesh", "model=2"], "unknown axis 'model'"),
+        (["--train.stepz=3"], "did you mean steps"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", str(QUICKSTART), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.startswith("error: ") and error.count("\n") == 1
