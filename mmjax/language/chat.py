@@ -260,7 +260,8 @@ def _split(marked: str, mark: str, tokens: Iterable[str]) -> list[str]:
     parts = marked.split(mark)
     if len(parts) == 1:
         return parts
-    text, marks = "".join(parts), []
+    text = "".join(parts)
+    marks: list[int] = []
     for part in parts[:-1]:
         marks.append((marks[-1] if marks else 0) + len(part))
     inside: set[int] = set()

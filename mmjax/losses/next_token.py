@@ -179,10 +179,11 @@ def _blocks(
     if softcap is not None and not softcap > 0:
         raise ConfigError(f"softcap: expected a number above 0, got {softcap}")
     rows, devices = hidden.shape[0], 1
+    sizes = {} if mesh is None else dict(mesh.shape)
     for name in () if mesh is None else axes:
-        if mesh is None or name not in mesh.shape:
-            raise ConfigError(f"axis: the mesh has no axis {name!r}; it has {', '.join(mesh.shape)}")
-        devices *= mesh.shape[name]
+        if name not in sizes:
+            raise ConfigError(f"axis: the mesh has no axis {name!r}; it has {', '.join(sizes)}")
+        devices *= sizes[name]
     if rows % devices:
         raise ConfigError(f"hidden: {rows} rows cannot be split evenly over the {devices} devices of {axes}")
     if sequence_block is None:
@@ -277,6 +278,7 @@ def _gradients(
     def by_column(state: Any, column: Array) -> tuple[Any, None]:
         to_hidden, to_kernel, to_bias = state
         kernel, bias, ids, own = tiles.output(column)
+        bias_block: Any = None
 
         def by_row(state: Any, row: Array) -> tuple[Any, None]:
             to_hidden, block, bias_block = state
@@ -324,8 +326,8 @@ def _token_losses(blocks: _Blocks, hidden: Array, kernel: Array, bias: Array | N
 
 def _forward(blocks: _Blocks, hidden: Array, kernel: Array, bias: Array | None, targets: Array) -> Any:
     def local(rows: Any, whole: Any, axis: Any) -> Any:
-        hidden, targets = rows
-        rest, picked = _statistics(_Tiles(blocks, hidden, *whole, targets))
+        (hidden, targets), (kernel, bias) = rows, whole
+        rest, picked = _statistics(_Tiles(blocks, hidden, kernel, bias, targets))
         return rest[:, : hidden.shape[1]], picked[:, : hidden.shape[1]]
 
     rest, picked = blocks.run(local, (hidden, targets), (kernel, bias), (True, True))
@@ -338,10 +340,11 @@ def _backward(blocks: _Blocks, saved: Any, cotangent: Array) -> Any:
     hidden, kernel, bias, targets, rest, picked = saved
 
     def local(rows: Any, whole: Any, axis: Any) -> Any:
-        hidden, targets, *numbers = rows
-        tiles = _Tiles(blocks, hidden, *whole, targets)
-        to_hidden, *rest = _gradients(tiles, *(tiles.pad(x, 0) for x in numbers), axis)
-        return to_hidden[:, : hidden.shape[1]].astype(hidden.dtype), *rest
+        (hidden, targets, *numbers), (kernel, bias) = rows, whole
+        tiles = _Tiles(blocks, hidden, kernel, bias, targets)
+        rest, picked, g = (tiles.pad(x, 0) for x in numbers)
+        to_hidden, to_kernel, to_bias = _gradients(tiles, rest, picked, g, axis)
+        return to_hidden[:, : hidden.shape[1]].astype(hidden.dtype), to_kernel, to_bias
 
     rows = (hidden, targets, rest, picked, cotangent)
     out = (True, False, None if bias is None else False)

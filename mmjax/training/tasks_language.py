@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from mmjax import losses
 from mmjax.errors import ConfigError
+from mmjax.nn.kernels import as_array
 from mmjax.parallel import BATCH_AXES
 from mmjax.training.step import Batch, Terms, in_micro_batches
 
@@ -60,7 +61,7 @@ class NextToken:
             hidden: Any = model.apply(variables, **inputs, deterministic=False, rngs=rngs, method="hidden")
             return losses.token_losses(
                 hidden[0] if isinstance(hidden, tuple) else hidden,
-                model.apply(variables, method="output_kernel"),  # type: ignore[arg-type]
+                as_array(model.apply(variables, method="output_kernel")),
                 part["targets"],
                 softcap=cap,
                 sequence_block=self.sequence_block,

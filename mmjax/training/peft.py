@@ -1,0 +1,225 @@
+"""Adapters in PEFT's folder format: adapter_config.json and adapter_model.safetensors, in and out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from mmjax.checkpoints.files import TensorReader, read_json
+from mmjax.checkpoints.rules import expand
+from mmjax.checkpoints.transforms import LINEAR
+from mmjax.checkpoints.weights import write_json
+from mmjax.errors import CheckpointError, ConfigError
+from mmjax.models.family import family_of_model
+from mmjax.nn import parameter_specs
+from mmjax.training.lora import Adapter, LoraConfig
+from mmjax.training.outcome import Outcome
+from mmjax.training.state import flatten, merge
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_KEY = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
+_READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"}
+# What the tensors of the file say by themselves, and what is about the making of the folder.
+_IGNORED = {
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "task_type"),
+    *("inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"),
+    *("megatron_core", "megatron_config", "runtime_config", "qalora_group_size", "bias", "init_lora_weights"),
+    *("ensure_weight_tying", "parent_library"),
+}
+# Initial values that leave the base as it is; others, such as PiSSA's, change it when a folder is opened.
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+def load_adapter(folder: str | os.PathLike[str], model: Any) -> tuple[dict[str, Any], LoraConfig]:
+    """Open an adapter that peft (or `save_adapter`) wrote.
+
+    Args:
+        folder: with adapter_config.json and adapter_model.safetensors.
+        model: the model that it belongs to.
+
+    Returns:
+        The adapter and its config, for `mmjax.training.lora`.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, a tensor has no place in the model, or the folder uses
+            a kind of adapter that is not LoRA as such (DoRA, trained biases or whole modules, PiSSA, ...).
+    """
+    folder = Path(folder)
+    where = folder / CONFIG
+    hub = read_json(where)
+    _check(hub, where)
+    kernels = {module: path for path, names in _modules(model).items() for module in names}
+    if not (folder / WEIGHTS).is_file():
+        raise CheckpointError(f"{folder / WEIGHTS}: no such file; save the adapter as safetensors")
+    flat: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        reader = TensorReader([folder / WEIGHTS], stack)
+        for name in reader.shapes:
+            match = _KEY.fullmatch(name)
+            if match is None or match["module"] not in kernels:
+                raise CheckpointError(f"{folder / WEIGHTS}: {name} has no place in this model")
+            module = kernels[match["module"]].removesuffix("/kernel")
+            flat[f"{module}/{match['part'].lower()}"] = jnp.asarray(np.ascontiguousarray(reader.read(name).T))
+    return merge(flat), _config(hub, flat, _modules(model), where)
+
+
+def save_adapter(
+    folder: str | os.PathLike[str],
+    model: Any,
+    adapter: Adapter,
+    config: LoraConfig,
+    *,
+    base: str | None = None,
+) -> None:
+    """Write an adapter that peft opens on top of the model's own folder.
+
+    Args:
+        folder: made if it does not exist.
+        model: the model that the adapter belongs to.
+        adapter, config: as `mmjax.training.lora` has them.
+        base: name or path of the base model's folder, as the adapter's folder should name it.
+
+    Raises:
+        CheckpointError: a kernel is part of a fused tensor in the checkpoint, so that PEFT has no name for
+            it, or the folder cannot be written.
+    """
+    flat, modules = flatten(dict(adapter)), _modules(model)
+    paths = list(dict.fromkeys(path.rpartition("/")[0] + "/kernel" for path in flat))
+    nameless = [path for path in paths if path not in modules]
+    if nameless:
+        raise CheckpointError(
+            f"{nameless[0]}: no tensor of its own in the checkpoint, so PEFT has no name for it"
+        )
+    tensors = {
+        f"{_PREFIX}{modules[path][0]}.lora_{part.upper()}.weight": np.ascontiguousarray(
+            np.asarray(flat[path.removesuffix("kernel") + part]).T
+        )
+        for path in paths
+        for part in ("a", "b")
+    }
+    odd = {path: config.rank_and_alpha(path) for path in paths}
+    hub = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM" if "ForCausalLM" in family_of_model(model)[1] else None,
+        "base_model_name_or_path": base,
+        "r": config.rank,
+        "lora_alpha": config.alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.rslora,
+        "rank_pattern": {modules[p][0]: rank for p, (rank, _) in odd.items() if rank != config.rank},
+        "alpha_pattern": {modules[p][0]: alpha for p, (_, alpha) in odd.items() if alpha != config.alpha},
+        "target_modules": _target_names(paths, modules),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+    }
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / WEIGHTS).chmod((folder / WEIGHTS).stat().st_mode | 0o044)
+        write_json(folder / CONFIG, hub)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be written ({error.strerror or error})") from None
+
+
+def export_adapter(outcome: Outcome, folder: Path) -> None:
+    """An experiment's `export`: the adapters in PEFT's format (a folder each, where there are several)."""
+    configs = dict(outcome.model.configs)
+    for name, config in configs.items():
+        place = folder if len(configs) == 1 else folder / name
+        save_adapter(
+            place, outcome.model.model, outcome.params["lora"][name], config, base=outcome.model.base
+        )
+        tokenizer = getattr(outcome.processor, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save(place)
+
+
+def export_merged(outcome: Outcome, folder: Path) -> None:
+    """An experiment's `export`: the whole model with the adapters merged into it, in hub format."""
+    from mmjax.models.hub import save
+
+    save(folder, outcome.model.model, outcome.model.merged(outcome.params), outcome.processor)
+
+
+def _modules(model: Any) -> dict[str, list[str]]:
+    """Kernel path to its module's names in checkpoints, for every kernel that has a tensor of its own."""
+    specs = flatten(parameter_specs(model))
+    found = {}
+    for rule in expand(family_of_model(model)[0].rules(model), specs):
+        if rule.transform == LINEAR and len(rule.targets) == 1 and "{e}" not in rule.source:
+            names = (rule.source, *rule.aliases)
+            found[rule.targets[0]] = [name.removesuffix(".weight") for name in names]
+    return found
+
+
+def _target_names(paths: list[str], modules: Mapping[str, list[str]]) -> list[str]:
+    """Last parts of the modules' names, where they mean no other module; else whole names."""
+    wanted = {modules[path][0] for path in paths}
+    last = {name.rpartition(".")[2] for name in wanted}
+    meant = {names[0] for names in modules.values() if names[0].rpartition(".")[2] in last}
+    return sorted(last if meant == wanted else wanted)
+
+
+def _check(hub: Mapping[str, Any], where: Path) -> None:
+    if hub.get("peft_type") != "LORA":
+        raise CheckpointError(f"{where}: peft_type {hub.get('peft_type')!r} is not LORA")
+    if hub.get("bias", "none") != "none":
+        raise CheckpointError(
+            f"{where}: bias={hub['bias']!r}: adapters with trained biases are not supported"
+        )
+    start = hub.get("init_lora_weights", True)
+    if not isinstance(start, bool) and start not in _PLAIN_STARTS:
+        raise CheckpointError(
+            f"{where}: init_lora_weights={start!r} changes the base model; convert the adapter with peft "
+            "(save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    for name, value in hub.items():
+        if name not in _READ and name not in _IGNORED and value:
+            raise CheckpointError(f"{where}: {name}={value!r} is not supported")
+
+
+def _config(
+    hub: Mapping[str, Any], flat: Mapping[str, Any], modules: Mapping[str, list[str]], where: Path
+) -> LoraConfig:
+    rank, alpha, alphas = hub.get("r", 8), hub.get("lora_alpha", 8), hub.get("alpha_pattern") or {}
+    paths = list(dict.fromkeys(path.rpartition("/")[0] + "/kernel" for path in flat))
+    exceptions = []
+    for path in paths:
+        own = flat.get(path.removesuffix("kernel") + "a")
+        known = [value for pattern, value in alphas.items() if _means(pattern, modules[path], where)]
+        mine = rank if own is None else own.shape[1], known[0] if known else alpha
+        if mine != (rank, alpha):
+            exceptions.append((re.escape(path), int(mine[0]), float(mine[1])))
+    try:
+        return LoraConfig(
+            targets="|".join(re.escape(path) for path in paths),
+            rank=rank,
+            alpha=float(alpha),
+            dropout=float(hub.get("lora_dropout") or 0.0),
+            rslora=bool(hub.get("use_rslora")),
+            exceptions=tuple(exceptions),
+        )
+    except (ConfigError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def _means(pattern: str, modules: list[str], where: Path) -> bool:
+    """Whether a pattern of PEFT's means a module: a regular expression for the end of its name."""
+    try:
+        return any(re.match(rf"(.*\.)?({pattern})$", module) for module in modules)
+    except (re.error, TypeError) as error:
+        raise CheckpointError(
+            f"{where}: alpha_pattern {pattern!r} is no regular expression ({error})"
+        ) from None
