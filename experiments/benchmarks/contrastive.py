@@ -49,7 +49,8 @@ def time_loss(name: str, rounds: int, retakes: int) -> dict[str, Any]:
     used = PRODUCTS * 2 * COUNT**2 * WIDTH / ours.median
     first = ours.setup["result"]
     differences = [
-        max(abs(a - b) for a, b in zip(first, r.setup["result"], strict=True)) for r in runners[1:4]
+        max(abs(a - b) / max(abs(b), 1) for a, b in zip(first, r.setup["result"], strict=True))
+        for r in runners[1:4]
     ]
     return {
         "loss": name,

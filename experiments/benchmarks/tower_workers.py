@@ -1,22 +1,18 @@
 """One measured process of `towers.py`: it builds one case in one library and times it on request.
 
-Started as `tower_workers.py LIBRARY FORM CASE FOLDER`. It writes one JSON line when it is ready, then reads
-lines with a number of calls and answers each with one JSON line. Nothing else goes to its standard output.
+Started as `tower_workers.py LIBRARY FORM CASE FOLDER`; see `turns.py` for what it reads and writes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import resource
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from turns import Program, serve
 
 ADAMW = {"learning_rate": 1e-4, "b1": 0.9, "b2": 0.98, "eps": 1e-6, "weight_decay": 0.2}
 
@@ -45,21 +41,6 @@ class Case:
     def name(self) -> str:
         """For example "vit-8-float32"."""
         return f"{self.model}-{self.batch}-{self.dtype}"
-
-
-@dataclasses.dataclass
-class Program:
-    """A case made ready in one library.
-
-    Attributes:
-        call: runs it once and waits for the result.
-        result: numbers by which the libraries are compared; called after the first `call`s.
-        compile_seconds: compiling, where that is a step of its own.
-    """
-
-    call: Callable[[], None]
-    result: Callable[[], list[float]]
-    compile_seconds: float | None = None
 
 
 def make_inputs(case: Case) -> dict[str, np.ndarray]:
@@ -193,57 +174,10 @@ def _compile(jitted: Any, *args: Any) -> tuple[Any, float]:
 LIBRARIES = {"transformers": with_transformers, "mmjax": with_mmjax}
 
 
-def busy_seconds() -> float | None:
-    """CPU seconds that all processes of this machine have used; None where the system does not tell."""
-    try:
-        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
-    except OSError:
-        return None
-    user, nice, system, _, _, irq, softirq = map(int, fields[:7])
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has held."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def timed(call: Callable[[], None], number: int) -> dict[str, float]:
-    """Seconds and processor seconds per call, and the share of the machine that other processes took."""
-    busy, own, start = busy_seconds(), time.process_time(), time.perf_counter()
-    for _ in range(number):
-        call()
-    wall = time.perf_counter() - start
-    used = time.process_time() - own
-    others = 0.0 if busy is None else (busy_seconds() or 0.0) - busy - used
-    share = max(0.0, others) / (wall * (os.cpu_count() or 1))
-    return {"seconds": wall / number, "processor": used / number, "others": share}
-
-
 def main() -> None:
-    """Build the case, report, then time calls until standard input ends."""
-    library, form, case_name, folder = sys.argv[1:5]
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print goes to standard error
-
-    def answer(values: dict[str, Any]) -> None:
-        answers.write(json.dumps(values) + "\n")
-        answers.flush()
-
-    program = LIBRARIES[library](Case.parse(case_name), form, Path(folder))
-    first = timed(program.call, 1)["seconds"]
-    warm = timed(program.call, 2)["seconds"]
-    answer(
-        {
-            "first": first,
-            "warm": warm,
-            "compile": program.compile_seconds,
-            "result": program.result(),
-        }
-    )
-    for line in sys.stdin:
-        answer({**timed(program.call, int(line)), "peak": peak_bytes()})
+    """Build what the command line names and serve it."""
+    library, form, case, folder = sys.argv[1:5]
+    serve(lambda: LIBRARIES[library](Case.parse(case), form, Path(folder)))
 
 
 if __name__ == "__main__":

@@ -12,23 +12,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
+import functools
 import json
-import os
-import platform
-import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tower_workers import Case
+from turns import HERE, Runner, describe, machine, ratio, take_turns
 
-HERE = Path(__file__).resolve().parent
-QUIET = 0.05  # the most of the machine that others may use during a turn
-TURN_SECONDS = 1.5  # a turn lasts about this long
 CASES = [
     Case("vit", 8, "float32"),
     Case("vit", 8, "bfloat16"),
@@ -56,63 +49,6 @@ def forms(case: Case) -> dict[str, list[str]]:
     }
 
 
-@dataclasses.dataclass
-class Runner:
-    """One measured process and what it has answered."""
-
-    library: str
-    form: str
-    process: subprocess.Popen[str]
-    setup: dict[str, Any] = dataclasses.field(default_factory=dict)
-    seconds: list[float] = dataclasses.field(default_factory=list)
-    processor: list[float] = dataclasses.field(default_factory=list)
-    noisy: int = 0
-    peak: int = 0
-
-    @classmethod
-    def start(cls, library: str, form: str, case: Case, folder: Path) -> Runner:
-        """Start the process and wait until it has compiled and run."""
-        worker = [sys.executable, str(HERE / "tower_workers.py"), library, form, case.name, str(folder)]
-        process = subprocess.Popen(worker, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        runner = cls(library, form, process)
-        runner.setup = runner._read()
-        return runner
-
-    def turn(self, retakes: int) -> None:
-        """One turn of calls, taken again, up to `retakes` times, while others use the machine."""
-        number = max(1, round(TURN_SECONDS / self.setup["warm"]))
-        tries = []
-        for _ in range(1 + retakes):
-            assert self.process.stdin is not None
-            print(number, file=self.process.stdin, flush=True)
-            tries.append(self._read())
-            self.peak = tries[-1]["peak"]
-            if tries[-1]["others"] < QUIET:
-                break
-        best = min(tries, key=lambda t: t["others"])
-        self.noisy += best["others"] >= QUIET
-        self.seconds.append(best["seconds"])
-        self.processor.append(best["processor"])
-
-    def stop(self) -> None:
-        """End the process."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-    @property
-    def median(self) -> float:
-        """Median seconds per call."""
-        return statistics.median(self.seconds)
-
-    def _read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.library} ({self.form}) ended early; its message is above")
-        return json.loads(line)
-
-
 def prepare(folder: Path) -> None:
     """Write both models with random weights as hub folders, through transformers."""
     import torch
@@ -127,19 +63,14 @@ def prepare(folder: Path) -> None:
 
 def measure(case: Case, folder: Path, rounds: int, retakes: int) -> list[Runner]:
     """All forms of a case, taking turns."""
-    runners = []
-    try:
-        for library, names in forms(case).items():
-            for form in names:
-                runners.append(Runner.start(library, form, case, folder / case.model))
-                print(f"  {library} ({form}) ready", flush=True)
-        for _ in range(rounds):
-            for runner in runners:
-                runner.turn(retakes)
-    finally:
-        for runner in runners:
-            runner.stop()
-    return runners
+    start = [
+        functools.partial(
+            Runner.start, "tower_workers.py", library, form, case.name, str(folder / case.model)
+        )
+        for library, names in forms(case).items()
+        for form in names
+    ]
+    return take_turns(start, rounds, retakes)
 
 
 def summary(case: Case, runners: list[Runner]) -> dict[str, Any]:
@@ -149,64 +80,28 @@ def summary(case: Case, runners: list[Runner]) -> dict[str, Any]:
         for library in ("mmjax", "transformers")
     }
     ours, theirs = best["mmjax"], best["transformers"]
-    ratios = [b / a for a, b in zip(ours.seconds, theirs.seconds, strict=True)]
+    middle, least, largest = ratio(ours, theirs)
     first, second = (r.setup["result"] for r in (ours, theirs))
     scale = max(abs(x) for x in second)
     return {
         "case": dataclasses.asdict(case),
-        "ratio": statistics.median(ratios),
-        "ratio_range": [min(ratios), max(ratios)],
+        "ratio": middle,
+        "ratio_range": [least, largest],
         "aim": AIMS[case.dtype],
         "difference": max(abs(a - b) for a, b in zip(first, second, strict=True)) / scale,
         "best": {library: runner.form for library, runner in best.items()},
-        "forms": [
-            {
-                "library": r.library,
-                "form": r.form,
-                "median_seconds": r.median,
-                "seconds": r.seconds,
-                "processor_seconds": statistics.median(r.processor),
-                "compile_seconds": r.setup["compile"],
-                "first_call_seconds": r.setup["first"],
-                "peak_bytes": r.peak,
-                "noisy_turns": r.noisy,
-            }
-            for r in runners
-        ],
-    }
-
-
-def machine() -> dict[str, Any]:
-    """Processor, cores and versions."""
-    model = platform.processor() or platform.machine()
-    flags: list[str] = []
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = (line.partition(":") for line in info.read_text().splitlines())
-        fields = {name.strip(): value.strip() for name, _, value in lines}
-        model = f"{fields.get('model name', model)} (family {fields.get('cpu family', '?')})"
-        present = set(fields.get("flags", "").split())
-        flags = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if name in present]
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "flax", "torch", "transformers")}
-    return {
-        "processor": model,
-        "cores": os.cpu_count(),
-        "instructions": flags,
-        "python": platform.python_version(),
-        "versions": versions,
+        "forms": [r.numbers() for r in runners],
     }
 
 
 def table(results: list[dict[str, Any]], about: dict[str, Any], rounds: int) -> str:
     """RESULTS.md."""
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [
         "# Towers on CPU: mmjax beside transformers",
         "",
         "Made by `python experiments/benchmarks/towers.py`; see its first lines for how it measures.",
         "",
-        f"{about['processor']}, {about['cores']} cores, {' '.join(about['instructions'])}; "
-        f"Python {about['python']}, {versions}. Medians of {rounds} turns each.",
+        describe(about, rounds),
         "",
         "The ratio is transformers' time over mmjax's, best form against best form (above 1: mmjax is "
         "faster). The difference is the largest between the two libraries' results (logits, or the first "
@@ -272,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(case.name, flush=True)
             results.append(summary(case, measure(case, Path(folder), rounds, options.retakes)))
             print(f"  ratio {results[-1]['ratio']:.2f}", flush=True)
-    about = machine()
+    about = machine("jax", "flax", "torch", "transformers")
     text = table(results, about, rounds)
     (output / "RESULTS.md").write_text(text)
     (output / "results.json").write_text(json.dumps({"machine": about, "results": results}, indent=1) + "\n")

@@ -23,6 +23,9 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 QUIET = 0.05  # the most of the machine that others may use during a turn
 TURN_SECONDS = 1.5  # a turn lasts about this long
+# Both libraries' best form: a step's gigabytes come from the system anew each time, and on Linux taking them
+# in pages of 2 MiB in place of 4 KiB saves up to a quarter of the time (other systems ignore this).
+ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 @dataclasses.dataclass
@@ -105,7 +108,8 @@ class Runner:
     def start(cls, script: str, library: str, form: str, *arguments: str) -> Runner:
         """Start a worker script of this folder and wait until it has compiled and run."""
         worker = [sys.executable, str(HERE / script), library, form, *arguments]
-        process = subprocess.Popen(worker, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(worker, env={**os.environ, **ENVIRONMENT}, **pipes)
         runner = cls(library, form, process)
         runner.setup = runner._read()
         return runner
@@ -207,5 +211,6 @@ def describe(about: dict[str, Any], rounds: int) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     return (
         f"{about['processor']}, {about['cores']} cores, {' '.join(about['instructions'])}; "
-        f"Python {about['python']}, {versions}. Medians of {rounds} turns each."
+        f"Python {about['python']}, {versions}. Medians of {rounds} turns each. Every process runs with "
+        f"{' '.join(f'{name}={value}' for name, value in ENVIRONMENT.items())}."
     )

@@ -20,7 +20,7 @@ from mmjax.losses.sweep import Axis
 from mmjax.nn.functional import accumulator
 
 Array = jax.Array
-BLOCK_SIZE = 1024
+BLOCK_SIZE = 512
 
 
 @dataclasses.dataclass(frozen=True)

@@ -61,57 +61,64 @@ def _signs(row: dict[str, Array], col: dict[str, Array], dtype: Any) -> Array:
     return jnp.where(row["group"][:, None] == col["group"][None, :], 1, -1).astype(dtype)
 
 
+def _tile_losses(row: Any, col: Any, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
+    """Of one tile: dot products, losses, and the derivatives of the losses by the logits."""
+    dots = tile_dots(row, col)
+    signs = _signs(row, col, dots.dtype)
+    logits = signs * (dots * scale + bias)
+    # softplus(-x) and sigmoid(-x) from the one exponential that they share and that cannot overflow.
+    small = jnp.exp(-jnp.abs(logits))
+    losses = jnp.maximum(-logits, 0) + jnp.log1p(small)
+    weights = -signs * jnp.where(logits >= 0, small, 1) / (1 + small)
+    valid = valid_pairs(row, col)
+    if valid is not None:
+        losses, weights = jnp.where(valid, losses, 0), jnp.where(valid, weights, 0)
+    return dots, losses, weights
+
+
+def _sides(image: Array, text: Array, groups: Array | None, axis: Axis | None) -> Any:
+    ids = group_ids(groups, image.shape[0], axis)
+    return ({"x": x, "group": ids} for x in (image, text))
+
+
 def _sigmoid_value(
     image: Array, text: Array, groups: Array | None, scale: Array, bias: Array, plan: Plan, axis: Axis | None
 ) -> Array:
-    ids = group_ids(groups, image.shape[0], axis)
-
     def tile(row: Any, row_sums: Any, col: Any, col_sums: Any) -> tuple[Any, Any]:
-        logits = tile_dots(row, col) * scale + bias
-        losses = jax.nn.softplus(-_signs(row, col, logits.dtype) * logits)
-        valid = valid_pairs(row, col)
-        losses = losses if valid is None else jnp.where(valid, losses, 0)
-        return row_sums + losses.sum(axis=1), col_sums
+        return row_sums + _tile_losses(row, col, scale, bias)[1].sum(axis=1), col_sums
 
     zero = jnp.zeros(image.shape[0], scale.dtype)
-    rows, cols = ({"x": x, "group": ids} for x in (image, text))
+    rows, cols = _sides(image, text, groups, axis)
     row_sums, _ = sweep(tile, rows, zero, cols, zero, block_size=plan.block_size, axis=axis)
     return all_mean(row_sums, axis)
 
 
 def _sigmoid_gradient(
-    image: Array,
-    text: Array,
-    groups: Array | None,
-    scale: Array,
-    bias: Array,
-    share: Array,
-    plan: Plan,
-    axis: Axis | None,
+    image: Array, text: Array, groups: Array | None, scale: Array, bias: Array, plan: Plan, axis: Axis | None
 ) -> Any:
-    ids = group_ids(groups, image.shape[0], axis)
+    """The loss, and its gradients in at least float32: one sweep has both, since no tile waits for another."""
 
     def tile(row: Any, row_sums: Any, col: Any, col_sums: Any) -> tuple[Any, Any]:
-        dots = tile_dots(row, col)
-        signs = _signs(row, col, dots.dtype)
-        weights = -signs * jax.nn.sigmoid(-signs * (dots * scale + bias))
-        valid = valid_pairs(row, col)
-        weights = weights if valid is None else jnp.where(valid, weights, 0)
+        dots, losses, weights = _tile_losses(row, col, scale, bias)
         to_rows, to_cols = weighted(weights, row, col)
         sums = {
             "x": row_sums["x"] + to_rows,
+            "loss": row_sums["loss"] + losses.sum(axis=1),
             "scale": row_sums["scale"] + (weights * dots).sum(axis=1),
             "bias": row_sums["bias"] + weights.sum(axis=1),
         }
         return sums, {"x": col_sums["x"] + to_cols}
 
     zeros = jnp.zeros(image.shape, scale.dtype)
-    rows, cols = ({"x": x, "group": ids} for x in (image, text))
-    start = {"x": zeros, "scale": zeros[:, 0], "bias": zeros[:, 0]}
+    rows, cols = _sides(image, text, groups, axis)
+    start = {"x": zeros} | dict.fromkeys(("loss", "scale", "bias"), zeros[:, 0])
     row_sums, col_sums = sweep(tile, rows, start, cols, {"x": zeros}, block_size=plan.block_size, axis=axis)
+    devices = 1 if axis is None else jax.lax.axis_size(axis)
+    share = 1 / (image.shape[0] * devices)
     return (
-        (share * scale * row_sums["x"]).astype(image.dtype),
-        (share * scale * col_sums["x"]).astype(text.dtype),
+        all_mean(row_sums["loss"], axis),
+        share * scale * row_sums["x"],
+        share * scale * col_sums["x"],
         share * all_sum(row_sums["scale"], axis),
         share * all_sum(row_sums["bias"], axis),
     )
@@ -120,29 +127,26 @@ def _sigmoid_gradient(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sigmoid(plan: Plan, image: Array, text: Array, scale: Array, bias: Array, groups: Array | None) -> Array:
     def local(sharded: Any, whole: Any, axis: Axis | None) -> Any:
-        image, text, groups = sharded
-        scale, bias = whole
-        return _sigmoid_value(image, text, groups, scale, bias, plan, axis)
+        return _sigmoid_value(*sharded, *whole, plan, axis)
 
     return plan.run(local, (image, text, groups), (scale, bias), False)
 
 
-def _sigmoid_forward(plan: Plan, *arguments: Any) -> tuple[Array, Any]:
-    return _sigmoid(plan, *arguments), arguments
+def _sigmoid_forward(
+    plan: Plan, image: Array, text: Array, scale: Array, bias: Array, groups: Array | None
+) -> tuple[Array, Any]:
+    def local(sharded: Any, whole: Any, axis: Axis | None) -> Any:
+        return _sigmoid_gradient(*sharded, *whole, plan, axis)
+
+    out = (False, True, True, False, False)
+    loss, *grads = plan.run(local, (image, text, groups), (scale, bias), out)
+    return loss, (grads, jnp.zeros((), image.dtype), jnp.zeros((), text.dtype))
 
 
 def _sigmoid_backward(plan: Plan, saved: Any, cotangent: Array) -> Any:
-    image, text, scale, bias, groups = saved
-    count = image.shape[0]
-
-    def local(sharded: Any, whole: Any, axis: Axis | None) -> Any:
-        image, text, groups = sharded
-        scale, bias, cotangent = whole
-        return _sigmoid_gradient(image, text, groups, scale, bias, cotangent / count, plan, axis)
-
-    out = (True, True, False, False)
-    grads = plan.run(local, (image, text, groups), (scale, bias, cotangent), out)
-    return *once_only(grads), None
+    grads, image, text = saved
+    to_image, to_text, to_scale, to_bias = (cotangent * gradient for gradient in once_only(grads))
+    return to_image.astype(image.dtype), to_text.astype(text.dtype), to_scale, to_bias, None
 
 
 _sigmoid.defvjp(_sigmoid_forward, _sigmoid_backward)

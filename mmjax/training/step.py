@@ -128,16 +128,15 @@ def average_gradients(
     gradient = jax.grad(loss, has_aux=True)
     if parts == 1:
         return gradient(params, batch, key)
-    split = _split(batch, parts)
+    part = _parts(batch, parts)
 
-    def add(total: Any, item: tuple[jax.Array, Batch]) -> tuple[Any, None]:
-        index, part = item
-        found = gradient(params, part, jax.random.fold_in(key, index))
+    def add(total: Any, index: jax.Array) -> tuple[Any, None]:
+        found = gradient(params, part(index), jax.random.fold_in(key, index))
         return jax.tree.map(jnp.add, total, found), None
 
-    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], split), key)
+    shapes = jax.eval_shape(gradient, params, jax.eval_shape(part, 0), key)
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    total, _ = jax.lax.scan(add, zeros, (jnp.arange(parts), split))
+    total, _ = jax.lax.scan(add, zeros, jnp.arange(parts))
     return jax.tree.map(lambda leaf: leaf / parts, total)
 
 
@@ -169,19 +168,24 @@ def in_micro_batches(
     if parts == 1:
         return function(batch, key)
 
-    def one(_: None, item: tuple[jax.Array, Batch]) -> tuple[None, Any]:
-        index, part = item
-        return None, function(part, jax.random.fold_in(key, index))
+    part = _parts(batch, parts)
+
+    def one(_: None, index: jax.Array) -> tuple[None, Any]:
+        return None, function(part(index), jax.random.fold_in(key, index))
 
     # A loop's body cannot be merged with that of the backward loop, so nothing has to be held apart.
-    one = jax.checkpoint(one, prevent_cse=False)
-    _, results = jax.lax.scan(one, None, (jnp.arange(parts), _split(batch, parts)))
+    _, results = jax.lax.scan(jax.checkpoint(one, prevent_cse=False), None, jnp.arange(parts))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), results)
 
 
-def _split(batch: Batch, parts: int) -> Any:
-    """[B, ...] to [parts, B / parts, ...]; row i goes to micro-batch i modulo `parts`.
+def _parts(batch: Batch, parts: int) -> Callable[[Any], Any]:
+    """Micro-batch number i, cut out where it is needed: row j belongs to micro-batch j modulo `parts`.
 
-    So every device splits its own rows and none has to travel.
+    So every device splits its own rows, none has to travel, and the batch is never laid out anew.
     """
-    return jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]), batch)
+
+    def part(index: Any) -> Any:
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, 1, keepdims=False), split)
+
+    return part
