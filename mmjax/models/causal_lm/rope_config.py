@@ -92,7 +92,7 @@ def _scaling(kind: str, entries: dict[str, Any], hub: Mapping[str, Any], longest
     missing = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in entries]
     if missing:
         raise ConfigError(f"{where}: rope_parameters: rope_type {kind!r} needs {missing[0]}")
-    values = {}
+    values: dict[str, Any] = {}
     for name, value in entries.items():
         many = name in ("short_factor", "long_factor")
         fits = isinstance(value, bool) if name == "truncate" else _is_number(value)
