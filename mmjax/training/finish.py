@@ -13,17 +13,18 @@ from jax.sharding import Mesh
 
 from mmjax.training.experiment import Experiment
 from mmjax.training.outcome import Outcome
-from mmjax.training.progress import LiveProgress, PlainProgress, format_seconds
+from mmjax.training.progress import LiveProgress, PlainProgress, SilentProgress, format_seconds
 from mmjax.training.source import OpenedModel
 from mmjax.training.stage_run import StageRun
 from mmjax.training.state import TrainState, merge
+from mmjax.training.together import add_faults, gather
 
 if TYPE_CHECKING:
     from mmjax.training.loop import Run
 
 
 def introduce(
-    progress: PlainProgress | LiveProgress,
+    progress: PlainProgress | LiveProgress | SilentProgress,
     experiment: Experiment,
     opened: OpenedModel,
     mesh: Mesh,
@@ -35,6 +36,8 @@ def introduce(
     axes = ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
     kind = mesh.devices.flat[0].device_kind
     devices = f"{mesh.size} devices" if mesh.size > 1 else "1 device"
+    if jax.process_count() > 1:
+        devices += f" in {jax.process_count()} processes"
     progress.say(f"{experiment.name}: {total:,} parameters on {devices} ({kind}{axes and ', mesh ' + axes})")
     for run in stages:
         moving = sum(sizes[path] for path in run.trained)
@@ -45,25 +48,38 @@ def introduce(
 
 
 def finish(run: Run, state: TrainState) -> Outcome:
-    """Evaluate, export, draw and write result.json; all of it again where it was interrupted."""
+    """Evaluate, export, draw and write result.json; all of it again where it was interrupted.
+
+    Of several processes the first does it, with the parameters gathered on its own devices; the others wait.
+    """
     trained_seconds = time.monotonic() - run.began
     averaged = state.params if state.ema is None else state.ema
+    params, mesh = merge(averaged, state.frozen), run.mesh
+    if run.channel.count > 1:
+        run.faults = add_faults(run.channel.agree(run.faults))
+        own, local = gather(run.opened.model, params, mesh)
+        params, mesh = (params, mesh) if own is None else (own, local)
     outcome = Outcome(
         name=run.experiment.name,
         model=run.opened.model,
-        params=merge(averaged, state.frozen),
+        params=params,
         processor=run.opened.processor,
         data=run.experiment.data,
-        mesh=run.mesh,
+        mesh=mesh,
         folder=run.folders.output,
     )
+    if run.channel.index == 0:
+        outcome = _evaluate(run, outcome)
+        _leave(run, outcome, trained_seconds)
+    return outcome
+
+
+def _evaluate(run: Run, outcome: Outcome) -> Outcome:
     if run.experiment.evaluate is not None:
         outcome = dataclasses.replace(outcome, metrics=dict(run.experiment.evaluate(outcome)))
         for name, value in outcome.metrics.items():
             if isinstance(value, float | int):
                 run.progress.say(f"{name}: {value:.4g}")
-    if jax.process_index() == 0:
-        _leave(run, outcome, trained_seconds)
     return outcome
 
 
@@ -100,6 +116,7 @@ def _result(run: Run, outcome: Outcome, trained_seconds: float) -> dict[str, Any
         "devices": run.mesh.size,
         "device_kind": run.mesh.devices.flat[0].device_kind,
         "mesh": dict(run.mesh.shape),
+        "processes": run.channel.count,
         "broken_samples": run.faults,
         "jax": jax.__version__,
     }

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from mmjax.errors import TrainingError
+
+# How long a file system may take to show one machine what another wrote.
+_SHARED_SECONDS = 15.0
 
 
 class RunFolders:
@@ -52,7 +58,7 @@ class RunFolders:
             )
         try:
             self.checkpoints.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.checkpoints.parent / f".{self.name}.lock").open("w")
+            self._lock = self._lock_path().open("w")
         except OSError as error:
             raise TrainingError(f"cannot write in {self.workdir}: {error.strerror}") from error
         try:
@@ -64,11 +70,41 @@ class RunFolders:
             for folder in (self.checkpoints, self.model, self.output):
                 shutil.rmtree(folder, ignore_errors=True)
 
+    def mark(self) -> str:
+        """Write a word of its own into the lock file, by which another process sees that it is the same."""
+        assert self._lock is not None
+        word = secrets.token_hex(8)
+        self._lock.write(word)
+        self._lock.flush()
+        os.fsync(self._lock.fileno())
+        return word
+
+    def check_mark(self, word: str) -> None:
+        """Look for what `mark` wrote, from another process of the run.
+
+        Raises:
+            TrainingError: this process sees another folder.
+        """
+        path = self._lock_path()
+        end = time.monotonic() + _SHARED_SECONDS
+        while time.monotonic() < end:
+            # A network file system may show it a little later.
+            with contextlib.suppress(OSError):
+                if path.read_text("utf-8") == word:
+                    return
+            time.sleep(0.1)
+        raise TrainingError(
+            f"{path} of process 0 is not seen here: --workdir has to be a folder that all processes share"
+        )
+
     def release(self) -> None:
         """Let another process have the folders."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    def _lock_path(self) -> Path:
+        return self.checkpoints.parent / f".{self.name}.lock"
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Write output/<name>/result.json, whole or not at all."""

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -16,11 +17,12 @@ class Interrupted(KeyboardInterrupt):
 
     Attributes:
         exit_code: 128 plus the signal's number: 130 after Ctrl-C, 143 after SIGTERM.
+        agreed: whether all processes of the run stop here, and for this reason.
     """
 
-    def __init__(self, number: int, message: str) -> None:
+    def __init__(self, number: int, message: str, *, agreed: bool = False) -> None:
         super().__init__(message)
-        self.exit_code = 128 + number
+        self.exit_code, self.agreed = 128 + number, agreed
 
 
 class Interrupts:
@@ -28,9 +30,13 @@ class Interrupts:
 
     Outside `polite` a first signal raises Interrupted where the program stands; inside, it only
     sets `requested`. Only the main thread can be sent signals; elsewhere the context does nothing.
+
+    Args:
+        on_request: called with the signal's number when `requested` is set, inside the signal handler.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_request: Callable[[int], None] = lambda number: None) -> None:
+        self._on_request = on_request
         self.requested: int | None = None
         self.polite = False
         self._old: dict[int, object] = {}
@@ -58,7 +64,9 @@ class Interrupts:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         first, self.requested = self.requested is None, number
-        if first and not self.polite:
+        if first and self.polite:
+            self._on_request(number)
+        elif first:
             raise Interrupted(number, "stopped between steps; --resume goes on from the newest checkpoint")
 
 

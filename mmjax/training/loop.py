@@ -15,6 +15,9 @@ import jax
 from mmjax.checkpoints.training import CheckpointStore
 from mmjax.errors import TrainingError
 from mmjax.parallel import make_mesh
+from mmjax.parallel.channel import Alone
+from mmjax.parallel.distributed import batch_part
+from mmjax.parallel.rendezvous import connect
 from mmjax.training.experiment import Experiment
 from mmjax.training.finish import finish, introduce
 from mmjax.training.folders import RunFolders
@@ -25,33 +28,50 @@ from mmjax.training.records import Recorder
 from mmjax.training.stage_run import Cursor, NotFiniteError, StageRun
 from mmjax.training.state import TrainState, state_to_arrays
 from mmjax.training.step import GRADIENT, Metrics
+from mmjax.training.together import claim, ending_together, newest_checkpoint
 
 
 def train(
-    experiment: Experiment, *, workdir: Path | str = ".", resume: bool = False, overwrite: bool = False
+    experiment: Experiment,
+    *,
+    workdir: Path | str = ".",
+    resume: bool = False,
+    overwrite: bool = False,
+    channel: Alone | None = None,
 ) -> Outcome:
     """Run an experiment, or what is left of it.
+
+    Where `jax.distributed` has connected several processes, each calls this with the same arguments. Process
+    0 writes the records, evaluates and exports. When one process ends, so do the others: where this cannot
+    be an exception, because a collective waits for the one that is gone, the process prints why and exits.
 
     Args:
         experiment: what to run.
         workdir: folder that holds checkpoints/, models/ and output/.
         resume: go on from the newest checkpoint that is whole; from the start where there is none.
         overwrite: delete what an earlier run of this name left.
+        channel: to the other processes, closed by the caller; None connects with those there are.
 
     Returns:
-        The Outcome, with what `evaluate` found.
+        The Outcome, with what `evaluate` found; in processes other than the first its parameters stay as
+        they lie and its metrics are empty.
 
     Raises:
         ConfigError: the experiment does not fit together.
         TrainingError: the run cannot start or go on; the state before a bad step was kept first.
         CheckpointError: no checkpoint is whole, or the newest does not fit the experiment.
-        Interrupted: SIGTERM or Ctrl-C; the state was kept first.
+        Interrupted: SIGTERM or Ctrl-C, here or in another process; the state was kept first.
+        PeerError: another process ended.
     """
     folders = RunFolders(Path(workdir), experiment.name)
-    with Interrupts() as interrupts:
-        folders.claim(resume=resume, overwrite=overwrite)
+    with contextlib.ExitStack() as stack:
+        if channel is None:
+            channel = connect()
+            stack.enter_context(ending_together(channel))
+        interrupts = stack.enter_context(Interrupts(channel.request_stop))
+        claim(folders, channel, resume=resume, overwrite=overwrite)
         try:
-            return Run(experiment, folders, interrupts).go()
+            return Run(experiment, folders, interrupts, channel).go()
         finally:
             folders.release()
 
@@ -82,16 +102,21 @@ class Run:
         experiment: what to run.
         folders: claimed.
         interrupts: entered.
+        channel: to the other processes.
     """
 
-    def __init__(self, experiment: Experiment, folders: RunFolders, interrupts: Interrupts) -> None:
+    def __init__(
+        self, experiment: Experiment, folders: RunFolders, interrupts: Interrupts, channel: Alone
+    ) -> None:
         self.began = time.monotonic()
+        self.channel = channel
         self.experiment, self.folders, self.interrupts = experiment, folders, interrupts
         if experiment.train.compilation_cache:
             jax.config.update("jax_compilation_cache_dir", experiment.train.compilation_cache)
             jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         self.store = CheckpointStore(folders.checkpoints, experiment.train.keep_checkpoints)
         self.mesh = make_mesh(dict(experiment.mesh) or None)
+        self._part, self._parts = batch_part(self.mesh)
         key = jax.random.fold_in(jax.random.key(experiment.train.seed), 0)
         self.opened = experiment.model.open(experiment.data, key, self.mesh)
         indices = range(len(experiment.stages))
@@ -102,10 +127,10 @@ class Run:
         """Train what is left, then evaluate, export and draw."""
         start = self._find_start()
         self.began -= start.seconds
-        self.progress = make_progress()
-        self.recorder = Recorder(
-            self.folders.output, start.step, log_samples=self.experiment.train.log_samples
-        )
+        process = self.channel.index
+        self.progress = make_progress(process)
+        log_samples = self.experiment.train.log_samples
+        self.recorder = Recorder(self.folders.output, start.step, log_samples=log_samples, process=process)
         try:
             introduce(self.progress, self.experiment, self.opened, self.mesh, self.stages[start.stage :])
             if start.checkpoint is not None:
@@ -133,6 +158,7 @@ class Run:
             if cursor.step < run.settings.steps:
                 state = self._train_stage(run, state, cursor, before)
             before += run.settings.steps
+        self._stop_if_asked_late(before)
         return state
 
     def _train_stage(self, run: StageRun, state: TrainState, cursor: Cursor, before: int) -> TrainState:
@@ -150,14 +176,16 @@ class Run:
 
         def pause(step: int) -> bool:
             every = settings.checkpoint_every
-            return self.interrupts.requested is not None or bool(every and step % every == 0)
+            go_on = self.channel.may_go_on(before + step) and self._stop_signal(before + step) is None
+            return not go_on or bool(every and step % every == 0)
 
         with self._batches(run, cursor) as batches:
             cursor = Cursor(cursor.step, batches.get_state())
             self.interrupts.polite = True
             while cursor.step < settings.steps:
                 try:
-                    state, cursor = run.steps(state, cursor, batches, settled, pause)
+                    if self.channel.may_go_on(before + cursor.step):
+                        state, cursor = run.steps(state, cursor, batches, settled, pause)
                 except NotFiniteError as error:
                     self._keep(run, error.state, error.cursor, before)
                     raise self._bad_step(run, error, before) from None
@@ -176,8 +204,8 @@ class Run:
             batch_size=run.settings.batch_size,
             seed=run.settings.seed,
             split="train",
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            process_index=self._part,
+            process_count=self._parts,
         )
         batches = iter(dataset)
         if cursor.data is not None:
@@ -212,13 +240,25 @@ class Run:
                 f"stage {run.stage.name}: {tally.summary()}; each was replaced by another sample"
             )
 
+    def _stop_signal(self, step: int) -> int | None:
+        """The signal that the run stops for after this step: at once where there is one process."""
+        if self.channel.count == 1:
+            return self.interrupts.requested
+        halt = self.channel.halt
+        return halt[1] if halt is not None and step >= halt[0] else None
+
     def _stop_if_asked(self, step: int) -> None:
-        number = self.interrupts.requested
+        number = self._stop_signal(step)
         if number is not None:
             where = self.store.path(step)
-            raise Interrupted(
-                number, f"stopped after step {step}, kept in {where}; --resume goes on from there"
-            )
+            words = f"stopped after step {step}, kept in {where}; --resume goes on from there"
+            raise Interrupted(number, words, agreed=True)
+
+    def _stop_if_asked_late(self, step: int) -> None:
+        """After the last step: a request that came too late to be settled before is one of all."""
+        numbers = [number for number in self.channel.agree(self.interrupts.requested) if number is not None]
+        if numbers:
+            raise Interrupted(numbers[0], "stopped after the last step; --resume evaluates it", agreed=True)
 
     def _bad_step(self, run: StageRun, error: NotFiniteError, before: int) -> TrainingError:
         what = "the gradient" if error.term == GRADIENT else f"the loss term {error.term!r}"
@@ -230,10 +270,11 @@ class Run:
 
     def _find_start(self) -> Start:
         """The newest whole checkpoint, or the beginning."""
-        step = self.store.newest(lambda line: print(line, file=sys.stderr, flush=True))
+        step = newest_checkpoint(
+            self.store, self.channel, lambda line: print(line, file=sys.stderr, flush=True)
+        )
         if step is None:
             return Start()
-        self.store.set_aside(after=step)
         meta = self.store.read_state(step)
         names = [stage.name for stage in self.experiment.stages]
         if meta["stage"] not in names:

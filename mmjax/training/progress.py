@@ -9,8 +9,10 @@ from typing import Any
 QUIET_SECONDS = 2.0
 
 
-def make_progress() -> PlainProgress | LiveProgress:
-    """The live kind on a terminal, the plain kind in a file or a pipe."""
+def make_progress(process: int = 0) -> PlainProgress | LiveProgress | SilentProgress:
+    """The live kind on a terminal, the plain kind in a file or a pipe; of several processes one speaks."""
+    if process:
+        return SilentProgress()
     return LiveProgress() if sys.stdout.isatty() else PlainProgress()
 
 
@@ -46,6 +48,21 @@ class PlainProgress:
 
     def close(self) -> None:
         """Leave the terminal as it was."""
+
+
+class SilentProgress:
+    """Says nothing: another process of the run does."""
+
+    def say(self, text: str) -> None:
+        """Say nothing."""
+
+    def report(
+        self, stage: str, step: int, steps: int, loss: float, rate: float, seconds_left: float
+    ) -> None:
+        """Say nothing; see `PlainProgress.report`."""
+
+    def close(self) -> None:
+        """Nothing to leave."""
 
 
 class LiveProgress:

@@ -81,11 +81,14 @@ class Recorder:
         folder: output/<name>.
         step: the run goes on from here; later rows are dropped.
         log_samples: whether to keep samples.csv.
+        process: of several processes the first keeps the metrics, which are the same in all; each keeps the
+            numbers of its own samples, process 1 in samples.1.csv and so on.
     """
 
-    def __init__(self, folder: Path, step: int, *, log_samples: bool) -> None:
-        self._metrics = Table(folder / "metrics.csv", step)
-        self._samples = Table(folder / "samples.csv", step) if log_samples else None
+    def __init__(self, folder: Path, step: int, *, log_samples: bool, process: int = 0) -> None:
+        self._metrics = Table(folder / "metrics.csv", step) if process == 0 else None
+        samples = folder / (f"samples.{process}.csv" if process else "samples.csv")
+        self._samples = Table(samples, step) if log_samples else None
         self._events: Any = None
         self._folder, self._step = folder, step
         self._rows: list[dict[str, Any]] = []
@@ -96,14 +99,17 @@ class Recorder:
         """One settled step; `step` counts over all stages."""
         values = {"loss": metrics["loss"], **metrics["terms"], "grad_norm": metrics["grad_norm"]}
         row = {name: float(value) for name, value in {**values, **metrics["rates"]}.items()}
-        self._rows.append({"stage": stage, "step": step, **row})
-        self._window.append(row)
+        if self._metrics is not None:
+            self._rows.append({"stage": stage, "step": step, **row})
+            self._window.append(row)
         if self._samples is not None and ids is not None:
             self._ids.append({"stage": stage, "step": step, "ids": " ".join(str(number) for number in ids)})
 
     def publish(self, step: int, rate: float) -> None:
         """Write the rows out, and the mean since the last time as one TensorBoard point."""
         self._write()
+        if self._metrics is None:
+            return
         names = self._window[0] if self._window else ()
         means = {name: sum(row[name] for row in self._window) / len(self._window) for name in names}
         for name, value in {**means, "images_per_second": rate}.items():
@@ -113,9 +119,9 @@ class Recorder:
     def flush_to_disk(self) -> None:
         """Return when every row is on the disk, so that no checkpoint is ahead of the records."""
         self._write()
-        self._metrics.flush_to_disk()
-        if self._samples is not None:
-            self._samples.flush_to_disk()
+        for table in (self._metrics, self._samples):
+            if table is not None:
+                table.flush_to_disk()
 
     def close(self) -> None:
         """Close the event file."""
@@ -133,7 +139,7 @@ class Recorder:
         return self._events
 
     def _write(self) -> None:
-        if self._rows:
+        if self._metrics is not None and self._rows:
             self._metrics.append(self._rows)
         if self._samples is not None and self._ids:
             self._samples.append(self._ids)

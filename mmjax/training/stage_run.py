@@ -121,11 +121,12 @@ class StageRun:
 
     def place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's rows of a batch, as arrays over the mesh."""
-        sharding = batch_sharding(self.mesh)
-        return {
-            name: jax.make_array_from_process_local_data(sharding, np.asarray(rows))
-            for name, rows in batch.items()
-        }
+        sharding, size = batch_sharding(self.mesh), self.settings.batch_size
+
+        def spread(rows: np.ndarray) -> jax.Array:
+            return jax.make_array_from_process_local_data(sharding, rows, (size, *rows.shape[1:]))
+
+        return {name: spread(np.asarray(rows)) for name, rows in batch.items()}
 
     def steps(
         self,
