@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
         if number:
             print()
         for label, text in _rows(plan):
-            print(f"{label:<20}{printable(text)}".rstrip())
+            print(f"{label:<22}{printable(text)}".rstrip())
     print()
     for line in _notes(plans):
         print(line)

@@ -30,7 +30,9 @@ class Traffic:
         count: how often the collective runs.
         bytes: sent by a device, where rings are used: an all-reduce of n bytes among k devices sends
             2 n (k - 1) / k.
-        between_nodes: the part of `bytes` by collectives whose devices lie on more than one node.
+        between_nodes: the part of `bytes` that leaves the node. Devices of a node first join what they have,
+            and each carries its share on, as NCCL's rings do; of a permute that leaves a node anywhere
+            all counts, since its devices wait for each other.
     """
 
     count: int = 0
@@ -70,8 +72,7 @@ def collectives(hlo_text: str, devices: int, devices_per_node: int) -> tuple[dic
         traffic = total.setdefault(kind, Traffic())
         traffic.count += times
         traffic.bytes += sent
-        nodes = groups // devices_per_node
-        traffic.between_nodes += sent if bool((nodes != nodes[:, :1]).any()) else 0.0
+        traffic.between_nodes += sent * _share_between(kind, groups // devices_per_node)
         unknown += not known
     return total, unknown
 
@@ -118,6 +119,19 @@ def _groups(line: str, devices: int) -> np.ndarray:
         rows = [tuple(map(int, row.split(","))) for row in re.findall(r"\{([\d, ]+)\}", listed[0])]
         return np.array(rows)
     return np.arange(devices)[None]
+
+
+def _share_between(kind: str, nodes: np.ndarray) -> float:
+    """Which part of what a device sends leaves its node, from the node of every member of every group."""
+    members = nodes.shape[1]
+    spanned = max(len(set(row)) for row in nodes.tolist())
+    if spanned == 1:
+        return 0.0
+    if kind == "collective-permute":
+        return 1.0
+    if kind == "all-to-all":
+        return (members - members / spanned) / (members - 1)
+    return (spanned - 1) / (members - 1)
 
 
 def _size(type_text: str, *, whole: bool) -> int:

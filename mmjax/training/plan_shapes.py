@@ -78,15 +78,21 @@ def batch_shapes(model: Any, loss: Any, data: Any, params: Mapping[str, Any], si
 
     Args:
         model: its `example_batch` tells the inputs' shapes; texts are taken to come with a mask.
-        loss: what it reads besides them, such as labels, is taken for int32 [B].
+        loss: what it reads besides them is told by its own `example_batch`, where it has one, and taken for
+            int32 [B] otherwise, as labels are.
         data: its `max_length`, where it has one, is the texts' length.
         params: shapes of the parameters, flat.
         size: B.
 
     Returns:
         Name to jax.ShapeDtypeStruct.
+
+    Raises:
+        ConfigError: the loss reads something else, and does not tell what.
     """
-    shapes = {name: (x.shape[1:], x.dtype) for name, x in model.example_batch(1).items()}
+    own = getattr(loss, "example_batch", None)
+    examples = {**model.example_batch(1), **(own(1) if own else {})}
+    shapes = {name: (x.shape[1:], x.dtype) for name, x in examples.items()}
     if "input_ids" in shapes:
         length = getattr(data, "max_length", None) or shapes["input_ids"][0][0]
         shapes |= dict.fromkeys(("input_ids", "attention_mask"), ((length,), jnp.dtype("int32")))
@@ -112,7 +118,15 @@ def _other_names(model: Any, loss: Any, params: Mapping[str, Any], inputs: Shape
             batch[name] = jnp.zeros(2, jnp.int32)
         return loss(model, merge(params), batch, jax.random.key(0))
 
-    jax.eval_shape(probe, dict(params), inputs)
+    try:
+        jax.eval_shape(probe, dict(params), inputs)
+    except (TypeError, ValueError) as error:
+        if not asked:
+            raise
+        raise ConfigError(
+            f"{type(loss).__name__}: the shapes of {', '.join(sorted(asked))} in its batches are not known; "
+            "give the loss a method example_batch(batch_size) that returns them"
+        ) from error
     return asked
 
 

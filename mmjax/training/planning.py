@@ -92,7 +92,7 @@ def plan_stage(compiled: Mapping[str, Any], chip: Chip) -> dict[str, Any]:
     seconds = {
         "compute": sum(count / chip.peak(dtype) for dtype, count in flops.items()),
         "memory": traffic / chip.bandwidth,
-        "network": within / chip.link + between / chip.network,
+        "network": max(within / chip.link, between / chip.network),
     }
     bound = max(seconds, key=lambda name: seconds[name])
     step = seconds[bound]
