@@ -6,8 +6,8 @@ Modules here import nothing heavy at the top, so that help and usage errors come
 # What `mmjax --help` says about each; the module of a command has its name, eval's is evaluate.
 COMMANDS: dict[str, str] = {
     "train": "run an experiment file, or resume it",
-    "plan": "say what an experiment needs on a mesh of chips, without running it",
     "eval": "measure a model: zero-shot accuracy, linear probe, retrieval",
+    "plan": "say what an experiment needs on a mesh of chips, without running it",
     "zeroshot": "classify images by labels given in words",
     "embed": "write embeddings of images and texts to a file",
     "convert": "read a model folder and write it again, in another dtype or shard size",

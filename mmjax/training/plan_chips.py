@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from typing import Any
 
 from mmjax.errors import ConfigError
 
@@ -189,7 +190,7 @@ def _figure(pair: str) -> tuple[str, float]:
     return name, value
 
 
-def _typed(own: dict[str, float]) -> dict[str, float]:
+def _typed(own: dict[str, float]) -> dict[str, Any]:
     return {name: int(value) if name == "devices_per_node" else value for name, value in own.items()}
 
 
