@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from mmjax.data.faults import FAULTS, BadSample, FaultTally, check_faults, fault_counts
     from mmjax.data.folders import ImageFolderData
     from mmjax.data.mixture import MixtureData
+    from mmjax.data.packing import PackedBatches
     from mmjax.data.pipeline import Batches, BatchIterator
     from mmjax.data.synthetic import SyntheticData
+    from mmjax.data.text import ChatData, TextData
     from mmjax.data.webdataset import WebDatasetData
 
 _HOMES = {
@@ -26,8 +28,10 @@ _HOMES = {
     "faults": ("FAULTS", "BadSample", "FaultTally", "check_faults", "fault_counts"),
     "folders": ("ImageFolderData",),
     "mixture": ("MixtureData",),
+    "packing": ("PackedBatches",),
     "pipeline": ("BatchIterator", "Batches"),
     "synthetic": ("SyntheticData",),
+    "text": ("ChatData", "TextData"),
     "webdataset": ("WebDatasetData",),
 }
 __getattr__, __dir__ = attach(__name__, _HOMES)
@@ -40,6 +44,7 @@ __all__ = [
     "BatchIterator",
     "Batches",
     "CaptionsData",
+    "ChatData",
     "DataConfig",
     "DigitsData",
     "Example",
@@ -47,7 +52,9 @@ __all__ = [
     "FaultTally",
     "ImageFolderData",
     "MixtureData",
+    "PackedBatches",
     "SyntheticData",
+    "TextData",
     "WebDatasetData",
     "batches",
     "check_faults",

@@ -31,7 +31,7 @@ def train_bpe_tokenizer(
 
     Args:
         texts: What to learn from. The same texts give the same vocabulary.
-        vocab_size: Number of ids: 256 for bytes, the merges, and the special tokens, which come last. Fewer
+        vocab_size: Number of ids: the special tokens, which come first, 256 for bytes, and the merges. Fewer
             if the texts have no more pairs to merge.
         eos_token: Ends a text.
         bos_token: Begins one; put in front by the tokenizer. None: there is none.
@@ -48,26 +48,25 @@ def train_bpe_tokenizer(
     Example:
         >>> tokenizer = train_bpe_tokenizer(["two cats", "two dogs"], vocab_size=260)
         >>> tokenizer.vocab_size, tokenizer.eos_token_id
-        (260, 259)
+        (260, 0)
         >>> tokenizer.decode(tokenizer("any Text")["input_ids"][0])
         'any Text'
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = list(dict.fromkeys(t for t in (*special_tokens, bos_token, pad_token, eos_token) if t))
-    room = vocab_size - len(alphabet) - len(special)
-    if room < 0:
+    special = list(dict.fromkeys(t for t in (eos_token, bos_token, pad_token, *special_tokens) if t))
+    if vocab_size < len(alphabet) + len(special):
         raise ConfigError(
             f"vocab_size: bytes and special tokens need {len(alphabet) + len(special)}, got {vocab_size}"
         )
     learner = _byte_level(models.BPE())
     # Ties between pairs are decided by id: given as special tokens, the bytes have the same ids every time.
     trainer = trainers.BpeTrainer(
-        vocab_size=len(alphabet) + room, show_progress=False, special_tokens=alphabet
+        vocab_size=vocab_size, show_progress=False, special_tokens=[*special, *alphabet]
     )
     learner.train_from_iterator(texts, trainer)
     learned = json.loads(learner.to_str())["model"]
     merges = [(left, right) for left, right in learned["merges"]]
-    tokens = [*alphabet, *dict.fromkeys(left + right for left, right in merges)]
+    tokens = [*special, *alphabet, *dict.fromkeys(left + right for left, right in merges)]
     tokenizer = _byte_level(models.BPE({token: number for number, token in enumerate(tokens)}, merges))
     tokenizer.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in special])
     if bos_token:

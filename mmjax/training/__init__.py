@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mmjax.training.state import TrainState, create_state, flatten, merge
     from mmjax.training.step import Task, make_train_step
     from mmjax.training.tasks import Classification, Contrastive, MaskedImage, Sigmoid
-    from mmjax.training.tasks_language import NextToken
+    from mmjax.training.tasks_language import NextToken, mean_loss
 
 __all__ = [
     "FROZEN",
@@ -62,6 +62,7 @@ __all__ = [
     "load_adapter",
     "make_optimizer",
     "make_train_step",
+    "mean_loss",
     "merge",
     "merge_lora",
     "read_metrics",
@@ -93,6 +94,6 @@ __getattr__, __dir__ = attach(
         "state": ("TrainState", "create_state", "flatten", "merge"),
         "step": ("Task", "make_train_step"),
         "tasks": ("Classification", "Contrastive", "MaskedImage", "Sigmoid"),
-        "tasks_language": ("NextToken",),
+        "tasks_language": ("NextToken", "mean_loss"),
     },
 )

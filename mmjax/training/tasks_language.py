@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mmjax import losses
-from mmjax.errors import ConfigError
+from mmjax.errors import ConfigError, DataError
 from mmjax.nn.kernels import as_array
 from mmjax.parallel import BATCH_AXES
 from mmjax.training.step import Batch, Terms, in_micro_batches
@@ -49,16 +49,36 @@ class NextToken:
         mesh: Mesh | None = None,
         micro_batches: int = 1,
     ) -> Terms:
+        per_token, share = self._losses(model, params, batch, key, mesh, micro_batches)
+        total = share.sum()
+        return {"next_token": (per_token * share).sum() / jnp.where(total > 0, total, 1)}
+
+    def sums(self, model: nn.Module, params: Mapping[str, Any], batch: Batch) -> tuple[jax.Array, jax.Array]:
+        """Sum of the labels' losses and of their weights, without dropout, for evaluation."""
+        per_token, share = self._losses(model, params, batch, None, None, 1)
+        return (per_token * share).sum(), share.sum()
+
+    def _losses(
+        self,
+        model: nn.Module,
+        params: Mapping[str, Any],
+        batch: Batch,
+        key: jax.Array | None,
+        mesh: Mesh | None,
+        micro_batches: int,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Each position's loss and weight, [B, T]; no dropout without a key."""
         if "input_ids" not in batch:
             raise ConfigError(f"NextToken: the batch has no 'input_ids'; it has {', '.join(sorted(batch))}")
         variables = {"params": params}
         targets = _targets(batch)
         cap = getattr(getattr(model, "config", None), "logits_softcap", None)
 
-        def run(part: Batch, key: jax.Array) -> jax.Array:
+        def run(part: Batch, part_key: jax.Array) -> jax.Array:
             inputs: dict[str, Any] = {name: part[name] for name in TEXT_INPUTS if name in part}
-            rngs = {"dropout": key}
-            hidden: Any = model.apply(variables, **inputs, deterministic=False, rngs=rngs, method="hidden")
+            if key is not None:
+                inputs |= {"deterministic": False, "rngs": {"dropout": part_key}}
+            hidden: Any = model.apply(variables, **inputs, method="hidden")
             return losses.token_losses(
                 hidden[0] if isinstance(hidden, tuple) else hidden,
                 as_array(model.apply(variables, method="output_kernel")),
@@ -70,12 +90,34 @@ class NextToken:
                 axis=BATCH_AXES,
             )
 
-        per_token = in_micro_batches(run, {**batch, "targets": targets}, key, micro_batches)
+        unused = jax.random.key(0) if key is None else key
+        per_token = in_micro_batches(run, {**batch, "targets": targets}, unused, micro_batches)
         share = (targets != IGNORED).astype(per_token.dtype)
         if "label_weights" in batch:
             share = share * _next(batch["label_weights"], 0).astype(per_token.dtype)
-        total = share.sum()
-        return {"next_token": (per_token * share).sum() / jnp.where(total > 0, total, 1)}
+        return per_token, share
+
+
+def mean_loss(model: nn.Module, params: Mapping[str, Any], batches: Iterable[Batch]) -> float:
+    """Next-token loss in nats per label, the mean over all labels of some batches; exp of it is perplexity.
+
+    Args:
+        model: a causal language model.
+        params: its parameters, nested.
+        batches: as `NextToken` takes them; names that the model does not take are left out.
+
+    Raises:
+        DataError: no batch has a label.
+    """
+    sums = jax.jit(lambda params, batch: NextToken().sums(model, params, batch))
+    total = weight = 0.0
+    for batch in batches:
+        known = {name: batch[name] for name in (*TEXT_INPUTS, "labels", "label_weights") if name in batch}
+        loss, share = sums(params, known)
+        total, weight = total + float(loss), weight + float(share)
+    if not weight:
+        raise DataError("mean_loss: there is no label in the batches")
+    return total / weight
 
 
 def _targets(batch: Batch) -> jax.Array:

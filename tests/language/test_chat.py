@@ -303,7 +303,7 @@ def test_learned_vocabularies():
     ids = first(text)["input_ids"]
     np.testing.assert_array_equal(ids, second(text)["input_ids"])
     assert ids[0, 0] == first.bos_token_id and first.decode(ids[0]) == "<s>" + text
-    assert first.vocab_size == 270 and first.eos_token_id == 269 and first.pad_token_id == 269
+    assert first.vocab_size == 270 and first.eos_token_id == first.pad_token_id == 0
     assert len(first("the")["input_ids"][0]) == 2
     with pytest.raises(ConfigError, match="vocab_size: .*257"):
         train_bpe_tokenizer(texts, 256)

@@ -13,11 +13,15 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mmjax.errors import ConfigError
+from mmjax.data import FaultTally, PackedBatches
+from mmjax.data.packing import fit_into_rows
+from mmjax.errors import ConfigError, DataError
+from mmjax.language import DecoderConfig
 from mmjax.losses import next_token
+from mmjax.models import CausalLM
 from mmjax.nn import Dense, Embedding, dropout
 from mmjax.parallel import make_mesh
-from mmjax.training import NextToken, create_state
+from mmjax.training import NextToken, create_state, mean_loss
 from mmjax.training.state import flatten
 from mmjax.training.step import make_train_step
 
@@ -142,6 +146,46 @@ def test_rows_on_eight_devices_are_the_whole_batch():
     np.testing.assert_allclose(spread[0], whole[0], rtol=1e-6)
     for path, gradient in whole[1].items():
         assert np.abs(spread[1][path] - gradient).max() <= 2e-6 * np.abs(gradient).max(), path
+
+
+def test_mean_loss_is_over_all_labels_of_all_batches():
+    model, batch = StandIn(StandInConfig(drop=0.5)), batch_of()
+    params = params_of(model)
+    parts = [{name: x[rows] for name, x in batch.items()} for rows in (slice(0, 3), slice(3, 8))]
+    found = mean_loss(model, params, [{**part, "ids": np.arange(3)} for part in parts])
+    np.testing.assert_allclose(found, expected_loss(model, params, batch), rtol=1e-6)
+    with pytest.raises(DataError, match="no label"):
+        mean_loss(model, params, [{**batch, "labels": np.full((8, 6), -100)}])
+
+
+def test_packed_rows_are_worth_what_their_documents_are():
+    """On a real decoder, which keeps segments apart: packed rows against a row for each document."""
+    sizes: dict[str, Any] = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 24}
+    config = DecoderConfig(**sizes, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    model = CausalLM(config)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), **model.example_batch())["params"]
+    generator = np.random.default_rng(1)
+    params = jax.tree.map(lambda x: jnp.asarray(0.3 * generator.standard_normal(x.shape), x.dtype), shapes)
+    documents = [generator.integers(0, 20, size).astype(np.int32) for size in (5, 3, 9, 4)]
+    packing: dict[str, Any] = {
+        "documents": documents,
+        "learned": None,
+        "pad_id": 0,
+        "batch_size": 1,
+        "process_index": 0,
+        "process_count": 1,
+        "seed": 0,
+        "tally": FaultTally(),
+        "max_fault_share": 0.0,
+        "identity": {},
+    }
+    packed = PackedBatches(rows=fit_into_rows([5, 3, 9, 4], 12), row_length=12, **packing)
+    apart = PackedBatches(rows=[[(d, 0, len(x))] for d, x in enumerate(documents)], row_length=9, **packing)
+    assert packed.samples == 2
+    losses = [
+        mean_loss(model, params, [each.batch(n) for n in range(each.samples)]) for each in (packed, apart)
+    ]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=2e-6)
 
 
 def test_dropout_follows_the_key():
