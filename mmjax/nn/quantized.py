@@ -6,8 +6,9 @@ A kernel [D, F] is kept as int8 `values` and one float32 `scale` per output chan
     values[d, f] = kernel[d, f] / scale[f], rounded to the nearest integer, halves to even
 
 so that kernel ~ values * scale, each entry within scale / 2 of the original. The product multiplies with the
-integers, which bfloat16 holds exactly, and scales the float32 sums: no array of the kernel's size and of a
-wider dtype outlives one layer's product, in the backward pass neither.
+integers, which bfloat16 holds exactly, and scales the float32 sums. The backward pass starts from the
+integers again, so that a scanned stack of layers (`Execution(scan_layers=True)`) holds a wide copy of one
+kernel at a time; of unrolled layers the compiler may hold several.
 """
 
 from __future__ import annotations
@@ -147,6 +148,8 @@ def _forward(dtype: str, x: Array, values: Array, scale: Array) -> tuple[Array, 
 
 def _backward(dtype: str, saved: Any, g: Array) -> tuple[Array, None, None]:
     values, scale = saved
+    # Without the barrier the compiler finds the same wide copy in the forward pass, and keeps it until here.
+    values, g = lax.optimization_barrier((values, g))
     return _multiply(dtype, (g * scale).astype(dtype), values.T).astype(dtype), None, None
 
 

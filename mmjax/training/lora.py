@@ -190,7 +190,8 @@ def _changes(
     key: Array | None,
 ) -> dict[str, list[LowRank]]:
     """What each kernel is changed by, in the adapters' order."""
-    flat, changes = _kernels(params), {}
+    flat = _kernels(params)
+    changes: dict[str, list[LowRank]] = {}
     for number, (name, adapter) in enumerate(adapters.items()):
         if name not in configs:
             raise ConfigError(f"adapter {name!r} has no config; there are {', '.join(configs) or 'none'}")

@@ -1,0 +1,112 @@
+"""Adapters against peft: its folders opened here, ours opened there, equal logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+import mmjax  # noqa: E402
+from mmjax.training.lora import LoraConfig, adapt, init_lora, merge_lora  # noqa: E402
+from mmjax.training.peft import load_adapter, save_adapter  # noqa: E402
+from tests.parity import reference as ref  # noqa: E402
+
+# peft asks transformers by an old name.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 37,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+}
+IDS = np.random.default_rng(0).integers(0, 37, (2, 9)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = transformers.LlamaConfig(**SIZES)
+    model = ref.randomise(transformers.LlamaForCausalLM(config))
+    return ref.save_reference(model, tmp_path_factory.mktemp("llama"))
+
+
+def reference_logits(model: Any) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.from_numpy(IDS).long()).logits.numpy()
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "attention": {"r": 3, "lora_alpha": 7, "target_modules": ["q_proj", "v_proj"]},
+    "all": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "use_rslora": True, "lora_dropout": 0.1},
+    "patterns": {
+        "r": 2,
+        "lora_alpha": 4,
+        "target_modules": r".*layers\.1\.mlp\.(up|down)_proj|.*o_proj",
+        "rank_pattern": {"up_proj": 5},
+        "alpha_pattern": {r"layers\.1\.self_attn\.o_proj": 16},
+    },
+    "output": {"r": 2, "lora_alpha": 2, "target_modules": ["lm_head", "k_proj"]},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_adapters_of_peft_open_here(name, folder, tmp_path):
+    base = transformers.LlamaForCausalLM.from_pretrained(folder)
+    theirs = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", **CONFIGS[name])).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for key, value in theirs.named_parameters():
+            if "lora_" in key:
+                value.copy_(0.2 * torch.randn(value.shape, generator=generator))
+    theirs.save_pretrained(tmp_path, save_embedding_layers=False)
+    expected = reference_logits(theirs)
+    model, params, _ = mmjax.load(folder)
+    adapter, config = load_adapter(tmp_path, model)
+    adapters, configs = {"x": adapter}, {"x": config}
+    for effective in (adapt(params, adapters, configs), merge_lora(params, adapters, configs)):
+        ref.assert_close(model.apply({"params": effective}, IDS).logits, expected)
+    assert (
+        np.abs(expected - reference_logits(transformers.LlamaForCausalLM.from_pretrained(folder))).max() > 0.1
+    )
+
+
+OURS = {
+    "attention": LoraConfig(targets=r".*self_attn/(q|v)_proj/kernel", rank=3, alpha=5.0),
+    "all": LoraConfig(rank=2, alpha=4.0, rslora=True, dropout=0.2),
+    "exceptions": LoraConfig(
+        targets=r".*layers_1/mlp/(up|down)_proj/kernel",
+        rank=2,
+        alpha=4.0,
+        exceptions=((".*up_proj/kernel", 6, 3.0), (".*down_proj/kernel", 2, 1.5)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_our_adapters_open_in_peft(name, folder, tmp_path):
+    model, params, _ = mmjax.load(folder)
+    config, generator = OURS[name], np.random.default_rng(4)
+    adapter = jax.tree.map(
+        lambda x: (0.2 * generator.standard_normal(x.shape)).astype(np.float32),
+        init_lora(jax.random.key(0), params, config),
+    )
+    save_adapter(tmp_path, model, adapter, config, base=str(folder))
+    ours = model.apply({"params": adapt(params, {"x": adapter}, {"x": config})}, IDS).logits
+    base = transformers.LlamaForCausalLM.from_pretrained(folder)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    ref.assert_close(ours, reference_logits(theirs))
+    again, same = load_adapter(tmp_path, model)
+    for one, other in zip(jax.tree.leaves(adapter), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(one, other)
+    merged = merge_lora(params, {"x": again}, {"x": same})
+    ref.assert_close(model.apply({"params": merged}, IDS).logits, reference_logits(theirs.merge_and_unload()))
