@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import os
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -101,7 +102,7 @@ def find_launch(
     0
     >>> find_launch(environ={"SLURM_NTASKS": "1", "SLURM_PROCID": "0"})
     """
-    given = {
+    given: dict[str, Any] = {
         "coordinator": coordinator or environ.get(_VARIABLES["coordinator"]) or None,
         "num_processes": _number(num_processes, "num_processes", environ),
         "process_id": _number(process_id, "process_id", environ),
@@ -112,11 +113,12 @@ def find_launch(
     if found and None in given.values():
         given = _with_ranks(given, environ)
     if None not in given.values():
-        return _checked(Launch(**given))  # type: ignore[arg-type]
+        return _checked(Launch(**given))
     if _detected(environ):
-        return Launch(**given)  # type: ignore[arg-type]
+        return Launch(**given)
     if not found:
-        return _refuse_lonely_mpi(environ)
+        _refuse_lonely_mpi(environ)
+        return None
     missing = [_flag(name) for name, value in given.items() if value is None]
     present = [_flag(name) for name, value in given.items() if value is not None]
     raise ConfigError(
@@ -138,7 +140,7 @@ def batch_part(mesh: Mesh) -> tuple[int, int]:
     >>> batch_part(make_mesh())
     (0, 1)
     """
-    places = batch_sharding(mesh).devices_indices_map((mesh.size,))
+    places: Mapping[Any, Any] = batch_sharding(mesh).devices_indices_map((mesh.size,))
     rows: dict[int, set[int]] = {}
     for device, (place,) in places.items():
         rows.setdefault(device.process_index, set()).update(range(*place.indices(mesh.size)))
@@ -172,7 +174,7 @@ def _number(value: int | None, name: str, environ: Mapping[str, str]) -> int | N
     return int(text)
 
 
-def _with_ranks(given: dict[str, object], environ: Mapping[str, str]) -> dict[str, object]:
+def _with_ranks(given: dict[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
     """Numbers that the launcher gave, where the flags name only the coordinator."""
     ranks = next(((environ[n], environ[k]) for n, k in _RANKS if n in environ and k in environ), None)
     if ranks is None:

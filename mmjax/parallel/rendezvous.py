@@ -42,7 +42,10 @@ def connect(timeout: float = 40.0, hosts: tuple[str, ...] = ()) -> Alone:
         }
         text = json.dumps(invitation).encode()
         address[: len(text)] = np.frombuffer(text, np.uint8)
-    text = multihost_utils.broadcast_one_to_all(address).tobytes().rstrip(b"\0")
+    try:
+        text = multihost_utils.broadcast_one_to_all(address).tobytes().rstrip(b"\0")
+    except jax.errors.JaxRuntimeError as error:
+        raise PeerError(f"another process of this run ended while it was starting; {RESTART}") from error
     invitation = json.loads(text)
     if index == 0:
         with server:

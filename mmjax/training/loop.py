@@ -18,6 +18,7 @@ from mmjax.parallel import make_mesh
 from mmjax.parallel.channel import Alone
 from mmjax.parallel.distributed import batch_part
 from mmjax.parallel.rendezvous import connect
+from mmjax.training.changes import changes, describe
 from mmjax.training.experiment import Experiment
 from mmjax.training.finish import finish, introduce
 from mmjax.training.folders import RunFolders
@@ -86,6 +87,7 @@ class Start:
         step: the same place, counted over all stages.
         checkpoint: the checkpoint it comes from; None at the very start.
         seconds: what was spent before.
+        changes: settings that are others than when the checkpoint was written, which is allowed.
     """
 
     stage: int = 0
@@ -93,6 +95,7 @@ class Start:
     step: int = 0
     checkpoint: int | None = None
     seconds: float = 0.0
+    changes: tuple[str, ...] = ()
 
 
 class Run:
@@ -122,6 +125,7 @@ class Run:
         indices = range(len(experiment.stages))
         self.stages = [StageRun(experiment, index, self.opened, self.mesh) for index in indices]
         self.faults: dict[str, Any] = {}
+        self._settings = describe(experiment)
 
     def go(self) -> Outcome:
         """Train what is left, then evaluate, export and draw."""
@@ -135,6 +139,8 @@ class Run:
             introduce(self.progress, self.experiment, self.opened, self.mesh, self.stages[start.stage :])
             if start.checkpoint is not None:
                 self.progress.say(f"resumed from {self.store.path(start.checkpoint)}")
+                for line in start.changes:
+                    self.progress.say(f"changed since that checkpoint: {line}")
             state = self._train(start)
             self.recorder.flush_to_disk()
             self.progress.close()
@@ -225,6 +231,7 @@ class Run:
             "faults": self.faults,
             "seed": run.settings.seed,
             "batch_size": run.settings.batch_size,
+            "settings": self._settings,
             "seconds": time.monotonic() - self.began,
         }
         self.store.save(before + cursor.step, state_to_arrays(state), meta)
@@ -290,4 +297,6 @@ class Run:
                     "in another order; set it back, or start again with --overwrite"
                 )
         self.faults = dict(meta["faults"])
-        return Start(index, Cursor(meta["stage_step"], meta["data"]), step, step, meta["seconds"])
+        different = changes(meta.get("settings", self._settings), self._settings)
+        cursor = Cursor(meta["stage_step"], meta["data"])
+        return Start(index, cursor, step, step, meta["seconds"], tuple(different))

@@ -21,8 +21,8 @@ def main(coordinator: str, count: int, index: int) -> None:
     # One device of each process along "tensor": both processes then need all rows.
     assert batch_part(make_mesh({"tensor": -1})) == (0, 1)
     split = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    image, text = embeddings(40)
-    rows = slice(index * 40 // count, (index + 1) * 40 // count)
+    image, text = embeddings(48)
+    rows = slice(index * 48 // count, (index + 1) * 48 // count)
     spread = [jax.make_array_from_process_local_data(split, x[rows]) for x in (image, text)]
     for scale, tolerance in TOLERANCE.items():
         for loss, dense, rest in (
