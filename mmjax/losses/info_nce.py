@@ -37,8 +37,8 @@ def infonce(
         logit_scale: scalar, the multiplier itself (not its logarithm).
         groups: int [N]; every text whose group is an image's is a positive of it, each with the same weight
             (and the other way round). None: row k alone.
-        block_size: rows and columns of a tile; None means 512, the least memory at full speed on a CPU. Larger
-            tiles keep larger chips busy.
+        block_size: rows and columns of a tile; None means 512, the least memory at full speed on a CPU;
+            larger tiles keep larger chips busy.
         mesh: the embeddings are sharded over `axis` of this mesh; columns travel in a ring, and no device
             ever holds all of a side. None: one device.
         axis: mesh axis or axes of the embeddings' rows.

@@ -96,7 +96,7 @@ def _sigmoid_value(
 def _sigmoid_gradient(
     image: Array, text: Array, groups: Array | None, scale: Array, bias: Array, plan: Plan, axis: Axis | None
 ) -> Any:
-    """The loss, and its gradients in at least float32: one sweep has both, since no tile waits for another."""
+    """The loss and its gradients, in at least float32: no tile waits for another, so one sweep has both."""
 
     def tile(row: Any, row_sums: Any, col: Any, col_sums: Any) -> tuple[Any, Any]:
         dots, losses, weights = _tile_losses(row, col, scale, bias)
