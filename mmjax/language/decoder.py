@@ -277,7 +277,8 @@ class Decoder(nn.Module):
 
             def run(x: Array, params: Any, key: Any, slides: Array, cached: Any) -> Any:
                 mask = jnp.where(slides, sliding, full) if mixed else (sliding if all_slide else full)
-                y, weights, cached = pure_layer.apply({"params": params}, x, mask, rope, cached, cursor, key)
+                out: Any = pure_layer.apply({"params": params}, x, mask, rope, cached, cursor, key)
+                y, weights, cached = out
                 return y, ((x if keep[0] else None, weights if keep[1] else None), cached)
 
             return jax.checkpoint(run) if self.execution.remat else run

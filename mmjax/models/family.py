@@ -80,7 +80,7 @@ def family_of_model(model: Model) -> tuple[Family, str]:
     """
     for module in dict.fromkeys(FAMILIES.values()):
         for model_type, family in _families_in(module).items():
-            if model_type and model_type != model.config.model_type:
+            if model_type and model_type != getattr(model.config, "model_type", None):
                 continue
             for architecture, cls in family.architectures.items():
                 if type(model) is cls:

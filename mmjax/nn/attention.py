@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import chex
 import jax
 import jax.numpy as jnp
 
-from mmjax.nn.functional import accumulator, dropout
+from mmjax.nn.functional import accumulator, by_rows, dropout
 from mmjax.nn.functional import softcap as capped
 
 Array = jax.Array
@@ -73,14 +76,18 @@ def attention(
     sums = accumulator(query.dtype)
     # The queries that share a key head are rows of one product, so that no key is copied.
     grouped = query.reshape(batch, kv_heads, heads // kv_heads * length, width)
-    logits = jnp.einsum("bkth,bksh->bkts", grouped, key, preferred_element_type=sums) * scale
+
+    def product(pattern: str) -> Callable[[Array, Array], Array]:
+        return functools.partial(jnp.einsum, pattern, preferred_element_type=sums)
+
+    logits = by_rows(product("bkth,bksh->bkts"), grouped, key) * scale
     logits = capped(logits.reshape(batch, heads, length, -1), softcap)
     if mask is not None:
         logits = jnp.where(mask, logits, jnp.finfo(sums).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
     dropped = dropout(weights, dropout_rate, dropout_key)
     dropped = dropped.reshape(*grouped.shape[:3], -1)
-    out = jnp.einsum("bkts,bksh->bkth", dropped, value, preferred_element_type=sums)
+    out = by_rows(product("bkts,bksh->bkth"), dropped, value)
     return out.astype(query.dtype).reshape(query.shape), weights
 
 

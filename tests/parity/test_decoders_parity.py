@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from typing import Any
 
 import pytest
@@ -20,7 +22,9 @@ from safetensors.numpy import load_file
 
 import mmjax
 from mmjax.checkpoints.weights import named_tensors
+from mmjax.models.causal_lm.families import DECODERS
 from mmjax.models.causal_lm.rules import rules
+from mmjax.models.family import family_of_type
 from tests.parity import reference as ref
 from tests.parity.test_models_parity import assert_same_folder
 
@@ -205,3 +209,20 @@ def test_gradients(name, tmp_path):
         # A shift of all keys leaves the softmax as it is: that gradient is zero but for rounding.
         scale = np.abs(expected[key.replace("k_proj.bias", "q_proj.bias")]).max()
         assert np.abs(ours[key] - value).max() <= ref.GRADIENT * scale, key
+
+
+@pytest.mark.parametrize("model_type", [name for name in DECODERS if name != "internlm2"])
+def test_defaults_are_the_librarys(model_type):
+    """A config.json that says nothing means the same there and here, attribute by attribute."""
+    theirs = transformers.AutoConfig.for_model(model_type)
+    family = family_of_type(model_type, "here")
+    config = family.read_config({"model_type": model_type}, "", frozenset(), "here")
+    ours = json.loads(json.dumps(family.write_config(config, "")))
+    for name, value in ours.items():
+        if hasattr(theirs, name):
+            assert getattr(theirs, name) == value, name
+    # And every attribute that theirs has is known here.
+    known = json.loads(json.dumps(theirs.to_dict()))
+    again = family.read_config(known, "", frozenset(), "here")
+    written_out = dict(num_key_value_heads=config.kv_heads, head_dim=config.head_size, layer_types=None)
+    assert dataclasses.replace(again, **written_out) == dataclasses.replace(config, **written_out)

@@ -40,9 +40,12 @@ def write_config(config: DecoderConfig, architecture: str) -> dict[str, Any]:
         ConfigError: the family has no words for a setting of the config.
     """
     family = DECODERS[config.model_type]
-    # Where the config leaves a number to others, the folder has it written out.
-    whole = dataclasses.replace(config, head_dim=config.head_size, num_key_value_heads=config.kv_heads)
+    # Where the config leaves a number to others, the folder has it written out, if it might be misread.
+    width = config.head_size if "head_dim" in family.defaults else config.head_dim
+    whole = dataclasses.replace(config, head_dim=width, num_key_value_heads=config.kv_heads)
     hub = {**family.table.write(whole), **family.write(config), "model_type": config.model_type}
+    if width is None:
+        hub.pop("head_dim", None)
     if config.positions == "rope":
         hub |= write_rope(config)
     where = f"a {config.model_type} folder"
