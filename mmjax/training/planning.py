@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mmjax.errors import ConfigError, TrainingError
@@ -49,6 +50,9 @@ def make_plans(
     flags = _DEVICE_COUNT.sub("", os.environ.get("XLA_FLAGS", "")).strip()
     environment = {**os.environ, **_SETTINGS, "XLA_FLAGS": flags}
     environment.pop("JAX_NUM_CPU_DEVICES", None)
+    # The same mmjax, wherever this process found it.
+    paths = [str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     done = subprocess.run(
         # -B: not even the experiment's bytecode is written.
         [sys.executable, "-B", "-m", "mmjax.training.plan_compile"],
