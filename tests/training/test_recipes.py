@@ -86,7 +86,7 @@ def check(workdir: Path, name: str, steps: int) -> None:
     history = read_metrics(workdir / "output" / name / "metrics.csv")
     assert history["step"].tolist() == list(range(1, steps + 1))
     assert np.isfinite(history["loss"]).all()
-    assert history["loss"][-4:].mean() < history["loss"][:4].mean()
+    assert history["loss"][-3:].mean() < history["loss"][:3].mean()
     metrics = json.loads((workdir / "output" / name / "result.json").read_text())["metrics"]
     assert (metrics["test_images"], metrics["test_captions"]) == (len(CAPTIONS), len(CAPTIONS))
     assert 0 <= metrics["image_to_text"]["R@1"] <= metrics["image_to_text"]["R@5"] <= 1
@@ -107,10 +107,10 @@ def test_clip_trains_on_shards(shards: list[str], tmp_path: Path) -> None:
         "--model.config.projection_dim=16",
         "--stages.contrastive.rules.0.schedule.warmup=2",
         "--stages.contrastive.rules.0.schedule.peak=3e-3",
-        "--train.steps=12",
+        "--train.steps=8",
     ]
     assert main([str(FOLDER / "clip_vit_b32.py"), "--smoke", *shards, *flags]) == 0
-    check(tmp_path, "clip-vit-b32-smoke", 12)
+    check(tmp_path, "clip-vit-b32-smoke", 8)
 
 
 def test_siglip_trains_on_shards(shards: list[str], tmp_path: Path) -> None:
@@ -133,10 +133,10 @@ def test_siglip_trains_on_shards(shards: list[str], tmp_path: Path) -> None:
         *toy_flags(tmp_path, folder, len(vocabulary)),
         "--model.config.text_config.projection_size=32",
         "--stages.contrastive.rules.0.schedule.warmup=2",
-        "--train.steps=12",
+        "--train.steps=8",
     ]
     assert main([str(FOLDER / "siglip_vit_b16.py"), "--smoke", *shards, *flags]) == 0
-    check(tmp_path, "siglip-vit-b16-smoke", 12)
+    check(tmp_path, "siglip-vit-b16-smoke", 8)
 
 
 @pytest.mark.parametrize(
