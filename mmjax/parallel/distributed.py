@@ -107,11 +107,11 @@ def find_launch(
         "num_processes": _number(num_processes, "num_processes", environ),
         "process_id": _number(process_id, "process_id", environ),
     }
-    if given["num_processes"] == 1 and not given["process_id"]:
-        return None
     found = any(value is not None for value in given.values())
     if found and None in given.values():
         given = _with_ranks(given, environ)
+    if given["num_processes"] == 1 and not given["process_id"]:
+        return None
     if None not in given.values():
         return _checked(Launch(**given))
     if _detected(environ):

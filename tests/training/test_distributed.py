@@ -203,6 +203,7 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "a[1-2]", "SLURM_PROCID": "
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, Launch()),
         ({"TPU_WORKER_HOSTNAMES": "a"}, None),
         ({"JAX_NUM_PROCESSES": "1"}, None),
+        ({**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "JAX_COORDINATOR_ADDRESS": "a:1"}, None),
         (
             {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "3", "JAX_PROCESS_ID": "2"},
             Launch(coordinator="a:1", num_processes=3, process_id=2),
