@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         data,
         errors,
         evaluation,
+        generation,
         language,
         losses,
         models,
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
         training,
         vision,
     )
+    from mmjax.generation.scoring import score
+    from mmjax.generation.text import generate
     from mmjax.models.hub import load, save
 
 __version__ = "0.1.0"
@@ -32,6 +35,8 @@ __all__ = [
     "data",
     "errors",
     "evaluation",
+    "generate",
+    "generation",
     "language",
     "load",
     "losses",
@@ -39,9 +44,16 @@ __all__ = [
     "nn",
     "parallel",
     "save",
+    "score",
     "training",
     "vision",
 ]
-_FUNCTIONS = ("load", "save")
-_ROOMS = {name: () for name in __all__ if name not in _FUNCTIONS}
-__getattr__, __dir__ = attach(__name__, {"models.hub": _FUNCTIONS, **_ROOMS})
+_FUNCTIONS = {
+    "generation.scoring": ("score",),
+    "generation.text": ("generate",),
+    "models.hub": ("load", "save"),
+}
+_ROOMS: dict[str, tuple[str, ...]] = {
+    name: () for name in __all__ if name not in ("generate", "load", "save", "score")
+}
+__getattr__, __dir__ = attach(__name__, {**_FUNCTIONS, **_ROOMS})

@@ -107,6 +107,7 @@ def test_rooms_name_what_they_give():
         "losses",
         "checkpoints",
         "models",
+        "generation",
         "data",
         "training",
     ):

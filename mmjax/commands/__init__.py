@@ -10,6 +10,8 @@ COMMANDS: dict[str, str] = {
     "plan": "say what an experiment needs on a mesh of chips, without running it",
     "zeroshot": "classify images by labels given in words",
     "embed": "write embeddings of images and texts to a file",
+    "generate": "let a language model go on with a text",
+    "chat": "talk to a chat model",
     "convert": "read a model folder and write it again, in another dtype or shard size",
     "info": "show a model folder's modules, parameters and bytes",
 }

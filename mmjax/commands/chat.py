@@ -1,0 +1,115 @@
+"""Talk to a chat model; answers are shown as they are made.
+
+Ctrl-C stops an answer. /reset begins anew, /exit (or the end of the input) leaves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from mmjax.commands.generate import (
+    add_language_model,
+    compilation_cache,
+    open_language_model,
+    opening,
+    sampler_of,
+    show,
+)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `mmjax chat`."""
+    add_language_model(parser, max_new_tokens=512)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run `mmjax chat`."""
+    sampler = sampler_of(options)
+    with compilation_cache(not options.no_compilation_cache):
+        return _talk(Chat(options, sampler))
+
+
+def _talk(chat: Chat) -> int:
+    from mmjax.errors import MmjaxError
+
+    prompt = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            line = input(prompt).strip()
+        except EOFError:
+            return 0
+        if line == "/exit":
+            return 0
+        if line == "/reset":
+            chat.reset()
+        elif line.startswith("/") and len(line.split()) == 1:
+            print(f"error: no command {line!r}: there are /reset and /exit", file=sys.stderr)
+        elif line:
+            try:
+                chat.answer(line)
+            except MmjaxError as error:
+                # A text that became too long, for example; what was said before still stands.
+                print(f"error: {error} (/reset begins anew)", file=sys.stderr)
+
+
+class Chat:
+    """A conversation with the model of a folder."""
+
+    def __init__(self, options: argparse.Namespace, sampler: Any) -> None:
+        self.options, self.sampler = options, sampler
+        self.model, self.params, self.tokenizer, self.stop_ids = open_language_model(options)
+        self.reset()
+        # A folder without a template is found out now, not after the first line.
+        self._ids([{"role": "user", "content": "."}])
+
+    def reset(self) -> None:
+        """Forget what was said."""
+        self.messages = opening(self.options)
+        self.conversation: Any = None
+
+    def _ids(self, messages: list[dict[str, str]]) -> Any:
+        batch = self.tokenizer.apply_chat_template(self.messages + messages, add_generation_prompt=True)
+        return batch["input_ids"]
+
+    def answer(self, line: str) -> None:
+        """Show the answer to a line; Ctrl-C ends it, and what was said until then stands."""
+        import jax
+
+        from mmjax.generation import stream, stream_text
+        from mmjax.generation.prompts import longest_text
+
+        question = {"role": "user", "content": line}
+        ids = self._ids([question])
+        longest = longest_text(self.model)
+        room = self.options.max_new_tokens
+        if longest is not None:
+            room = max(1, min(room, longest - ids.shape[1]))
+        turn = sum(message["role"] == "user" for message in self.messages)
+        key = jax.random.fold_in(jax.random.key(self.options.seed), turn)
+        tokens = stream(
+            self.model,
+            self.params,
+            {"input_ids": ids},
+            room,
+            self.sampler,
+            key,
+            self.stop_ids,
+            conversation=self.conversation,
+        )
+        said: list[str] = []
+
+        def heard() -> Any:
+            for piece in stream_text(tokens, self.tokenizer):
+                said.append(piece)
+                yield piece
+
+        try:
+            show(heard())
+            self.conversation = tokens.conversation
+        except KeyboardInterrupt:
+            # In the middle of a step its state is lost; the one before this answer is whole.
+            tokens.close()
+        print(flush=True)
+        self.messages = [*self.messages, question, {"role": "assistant", "content": "".join(said)}]

@@ -1,0 +1,184 @@
+"""Let a language model go on with a text; it is shown as it is made."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import stat
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mmjax.commands.output import printable
+from mmjax.commands.parser import UsageError, add_model, positive_int
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `mmjax generate`."""
+    parser.add_argument("prompt", metavar="PROMPT", help="the text to go on with; '-' reads it from stdin")
+    parser.add_argument("--chat", action="store_true", help="PROMPT is a user's message to a chat model")
+    add_language_model(parser, max_new_tokens=64)
+
+
+def add_language_model(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """Add the options that `generate` and `chat` share."""
+    add_model(parser)
+    parser.add_argument("--system", metavar="TEXT", help="system message of a conversation")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=positive_int,
+        default=max_new_tokens,
+        metavar="N",
+        help=f"longest answer, in tokens (default: {max_new_tokens})",
+    )
+    group = parser.add_argument_group("sampling (default: always the likeliest token)")
+    group.add_argument("--temperature", type=float, metavar="T", help="above 1 more varied, below less")
+    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    group.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest that add up to P")
+    group.add_argument(
+        "--min-p", type=float, metavar="P", help="draw from those with P times the best's share"
+    )
+    group.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1 for fewer repetitions")
+    group.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
+    parser.add_argument(
+        "--no-compilation-cache",
+        action="store_true",
+        help="compile anew; else compiled programs are kept in XDG_CACHE_HOME/mmjax/compiled (~/.cache)",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run `mmjax generate`."""
+    if options.system is not None and not options.chat:
+        raise UsageError("--system is for conversations: give --chat too (see mmjax generate --help)")
+    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    if not prompt:
+        raise UsageError("the prompt is empty (see mmjax generate --help)")
+    sampler = sampler_of(options)
+    with compilation_cache(not options.no_compilation_cache):
+        import jax
+
+        from mmjax.generation import stream, stream_text
+
+        model, params, tokenizer, stop_ids = open_language_model(options)
+        if options.chat:
+            batch = tokenizer.apply_chat_template(
+                opening(options) + [{"role": "user", "content": prompt}], add_generation_prompt=True
+            )
+        else:
+            batch = tokenizer(prompt)
+        tokens = stream(
+            model,
+            params,
+            {"input_ids": batch["input_ids"]},
+            options.max_new_tokens,
+            sampler,
+            jax.random.key(options.seed),
+            stop_ids,
+        )
+        show(stream_text(tokens, tokenizer))
+    print()
+    return 0
+
+
+def opening(options: argparse.Namespace) -> list[dict[str, str]]:
+    """The messages that a conversation begins with."""
+    return [] if options.system is None else [{"role": "system", "content": options.system}]
+
+
+def show(pieces: Iterable[str]) -> None:
+    """Print pieces of text as they come; what could steer a terminal is escaped."""
+    for piece in pieces:
+        print("".join(c if c in "\n\t" else printable(c) for c in piece), end="", flush=True)
+
+
+def sampler_of(options: argparse.Namespace) -> Any:
+    """The sampler that the options ask for.
+
+    Raises:
+        ConfigError: a number out of range.
+    """
+    from mmjax.generation.samplers import Greedy, Sampling
+
+    drawn = {name: getattr(options, name) for name in ("temperature", "top_k", "top_p", "min_p")}
+    given = {name: value for name, value in drawn.items() if value is not None}
+    penalty = options.repetition_penalty
+    return Sampling(**given, repetition_penalty=penalty) if given else Greedy(repetition_penalty=penalty)
+
+
+def open_language_model(options: argparse.Namespace) -> tuple[Any, Any, Any, tuple[int, ...]]:
+    """The model, its parameters, its tokenizer, and the ids that end its texts.
+
+    Raises:
+        CheckpointError, ConfigError: the folder cannot be opened, or is no language model's.
+    """
+    import mmjax
+    from mmjax.checkpoints.files import read_json
+    from mmjax.errors import CheckpointError
+    from mmjax.generation.prompts import check_model, ending_ids
+    from mmjax.models.hub import find_folder
+
+    folder = find_folder(options.model)
+    model, params, processor = mmjax.load(folder, dtype=options.dtype)
+    check_model(model)
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None:
+        raise CheckpointError(f"{folder}: no tokenizer.json, so there is no text; add the file to the folder")
+    # Chat models end an answer with other ids than a document, and folders name them in several places.
+    extra = folder / "generation_config.json"
+    theirs = read_json(extra).get("eos_token_id") if extra.is_file() else None
+    own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    stop_ids = {*ending_ids(model, None), *own, *ending_ids(model, () if theirs is None else theirs)}
+    return model, params, tokenizer, tuple(sorted(stop_ids))
+
+
+@contextmanager
+def compilation_cache(wanted: bool) -> Iterator[None]:
+    """Keep compiled programs in the user's cache folder for the next start, unless jax has a folder already.
+
+    The folder is the user's alone: whoever writes into it decides what runs here.
+    """
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache as cache
+
+    folder = private_folder() if wanted and jax.config.jax_compilation_cache_dir is None else None
+    if folder is None:
+        yield
+        return
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    # The first program compiled in a process settles where they are kept.
+    cache.reset_cache()
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        cache.reset_cache()
+
+
+def private_folder() -> Path | None:
+    """The folder of compiled programs, made if need be; None where it cannot be the user's alone."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    base = Path(root) if os.path.isabs(root) else Path("~/.cache").expanduser()
+    folder = base / "mmjax" / "compiled"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid():
+            folder.chmod(0o700)
+            return folder
+        reason = "it is not a folder of this user's"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    print(f"note: compiled programs are not kept: {printable(folder)}: {reason}", file=sys.stderr)
+    return None

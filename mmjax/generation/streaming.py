@@ -1,0 +1,241 @@
+"""Tokens and text as they are made, and conversations that go on from the cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax.errors import ConfigError, DataError
+from mmjax.generation.loop import resume, start
+from mmjax.generation.prompts import bucket, cache_dtype, longest_input, prepare
+from mmjax.generation.samplers import BeamSearch, Greedy, Sampler
+from mmjax.generation.text import make_ready
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """A text that a model has read, to go on from.
+
+    Attributes:
+        cache: of the model, one row, whose first slots hold the tokens of `ids`.
+        ids: the tokens.
+    """
+
+    cache: Any
+    ids: tuple[int, ...]
+
+
+def stream(
+    model: Any,
+    params: Any,
+    batch: Mapping[str, Any],
+    max_new_tokens: int = 64,
+    sampler: Sampler | None = None,
+    key: Array | None = None,
+    stop_ids: int | Sequence[int] | None = None,
+    *,
+    num_return_sequences: int = 1,
+    pad_id: int | None = None,
+    conversation: Conversation | None = None,
+) -> TokenStream:
+    """What `mmjax.generate` returns, one column at a time.
+
+    Args:
+        model, params, batch, max_new_tokens, sampler, key, stop_ids, num_return_sequences, pad_id: as there;
+            no beam search.
+        conversation: what the model has read already, one row. `batch` is the whole text so far; as much of
+            its beginning as the conversation shares is not computed again.
+
+    Raises:
+        ConfigError, DataError: what cannot be done as asked; before anything is computed.
+
+    >>> from mmjax.language import DecoderConfig
+    >>> from mmjax.models import CausalLM
+    >>> sizes = dict(vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=1)
+    >>> model = CausalLM(DecoderConfig(num_attention_heads=2, **sizes))
+    >>> params = model.init(jax.random.key(0), **model.example_batch())["params"]
+    >>> tokens = stream(model, params, {"input_ids": [[3, 1, 4]]}, max_new_tokens=5)
+    >>> answer = [int(token[0]) for token in tokens]
+    >>> question = [3, 1, 4, *answer, 8]
+    >>> more = stream(model, params, {"input_ids": [question]}, conversation=tokens.conversation)
+    >>> len(answer), more.reused
+    (5, 7)
+    """
+    sampler = Greedy() if sampler is None else sampler
+    if isinstance(sampler, BeamSearch):
+        raise ConfigError("sampler: beams are known at the end only; stream with Greedy or Sampling")
+    prompts, controls = make_ready(
+        model, batch, max_new_tokens, sampler, key, stop_ids, num_return_sequences, pad_id
+    )
+    reused = 0
+    if conversation is not None:
+        if prompts.rows != 1 or num_return_sequences != 1 or set(batch) - {"input_ids", "attention_mask"}:
+            raise DataError("conversation: goes on with one row of input_ids, and nothing else")
+        reused = shared(conversation.ids, prompts.inputs["input_ids"][0, : prompts.length].tolist())
+    text = {name: prompts.inputs[name] for name in ("input_ids", "attention_mask") if name in prompts.inputs}
+    if reused:
+        rest = prompts.inputs["input_ids"][:, reused : prompts.length]
+        prompts = prepare({"input_ids": rest}, longest_input(model))
+    size, room = prompts.inputs["attention_mask"].shape[1], bucket(max_new_tokens)
+    length = bucket(reused + size + room)
+    if conversation is not None and reused:
+        # A longer one stays as long: programs are compiled for its length already.
+        length = max(length, conversation.cache.length)
+        cache = rewind(conversation.cache, np.int32(reused), length=length)
+    else:
+        cache = model.init_cache(prompts.rows, length, cache_dtype(model, params))
+    plan = sampler.plan()
+    begin = functools.partial(
+        start,
+        params,
+        cache,
+        prompts.inputs,
+        np.int32(prompts.length),
+        # Whole texts have other lengths than what is read now, so other programs; most need none.
+        text if "repetition_penalty" in plan.names else {},
+        controls,
+        model=model,
+        plan=plan,
+        copies=num_return_sequences,
+        room=room,
+    )
+    go_on = functools.partial(resume, params, controls, model=model, plan=plan)
+    ids = text["input_ids"][0, : reused + prompts.length].tolist() if "input_ids" in text else None
+    return TokenStream(begin, go_on, max_new_tokens, ids, reused)
+
+
+class TokenStream(Iterator[np.ndarray]):
+    """New tokens int32 [R], one array per step, padding for rows that have ended; stops when all have.
+
+    Work is done when a token is asked for, and only then; `close` ends it, as leaving a `with` block does.
+
+    Attributes:
+        reused: how many tokens of the prompt were not computed again.
+    """
+
+    def __init__(self, begin: Any, go_on: Any, limit: int, ids: list[int] | None, reused: int) -> None:
+        self.reused = reused
+        self._begin, self._go_on, self._limit, self._ids = begin, go_on, limit, ids
+        self._state: Any = None
+        self._made: list[int] = []
+        self._step = 0
+        self._ended = False
+
+    def __next__(self) -> np.ndarray:
+        if self._ended or self._step >= self._limit:
+            raise StopIteration
+        if self._state is None:
+            state, self._begin = self._begin(), None
+        else:
+            state = self._go_on(self._state, np.int32(self._step + 1))
+        self._state = state
+        tokens, done = jax.device_get((state.tokens[:, self._step], state.done))
+        self._step += 1
+        self._ended = bool(done.all())
+        self._made.append(int(tokens[0]))
+        return tokens
+
+    def close(self) -> None:
+        """Make no more tokens."""
+        self._ended, self._begin, self._go_on = True, None, None
+
+    def __enter__(self) -> TokenStream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @property
+    def conversation(self) -> Conversation:
+        """What the model has read and said so far, to go on from with `stream`.
+
+        Going on with this stream uses it up.
+
+        Raises:
+            ConfigError: nothing was made yet, or the prompts are not one row of ids.
+        """
+        if self._state is None or self._ids is None or self._state.token.shape[0] != 1:
+            raise ConfigError("conversation: there is one after the first token of a single row of input_ids")
+        # The newest token is not in the cache yet.
+        return Conversation(self._state.cache, tuple(self._ids + self._made[:-1]))
+
+
+def shared(before: Sequence[int], now: Sequence[int]) -> int:
+    """How many tokens two texts begin with together, at most all but the last of `now`.
+
+    >>> shared([1, 2, 3, 4], [1, 2, 9]), shared([1, 2], [1, 2])
+    (2, 1)
+    """
+    most = min(len(before), len(now) - 1)
+    return next((i for i in range(most) if before[i] != now[i]), most)
+
+
+@functools.partial(jax.jit, static_argnames=("length",))
+def rewind(cache: Any, tokens: Array, *, length: int) -> Any:
+    """A cache of one row that holds only its first tokens, and has room for `length` in all.
+
+    Args:
+        cache: a KVCache without padding before its tokens.
+        tokens: int32 [], how many stay.
+        length: at least the cache's own.
+    """
+
+    def widen(slots: Array) -> Array:
+        width = [(0, 0)] * slots.ndim
+        width[slots.ndim // 2] = (0, length - slots.shape[slots.ndim // 2])
+        return jnp.pad(slots, width)
+
+    wide = jax.tree.map(lambda x: widen(x) if x.ndim else x, cache)
+    return wide.replace(mask=wide.mask & (jnp.arange(length) < tokens), cursor=jnp.asarray(tokens))
+
+
+def stream_text(
+    tokens: Iterable[np.ndarray], tokenizer: Any, *, skip_special_tokens: bool = True
+) -> Iterator[str]:
+    """The text of one row of tokens, in pieces that together are what `tokenizer.decode` gives.
+
+    A piece is held back while its last character is incomplete. Closing the iterator closes `tokens`.
+
+    Args:
+        tokens: arrays of one id, such as `stream` gives.
+        tokenizer: of the model.
+        skip_special_tokens: leave out special tokens, such as the one that ends a text.
+    """
+    ids: list[int] = []
+    # Pieces are decoded together with the ones before: what a token means depends on its neighbours.
+    behind = said = 0
+    before = ""
+    try:
+        for token in tokens:
+            number = int(np.asarray(token).reshape(()) if np.size(token) == 1 else _several(token))
+            # The table of many models has more rows than there are tokens.
+            if number >= tokenizer.vocab_size:
+                continue
+            ids.append(number)
+            now = tokenizer.decode(ids[behind:], skip_special_tokens=skip_special_tokens)
+            if len(now) > len(before) and not now.endswith("\ufffd"):
+                yield now[len(before) :]
+                behind, said = said, len(ids)
+                before = tokenizer.decode(ids[behind:said], skip_special_tokens=skip_special_tokens)
+        rest = tokenizer.decode(ids[behind:], skip_special_tokens=skip_special_tokens) if ids else ""
+        if len(rest) > len(before):
+            yield rest[len(before) :]
+    finally:
+        close = getattr(tokens, "close", None)
+        if close is not None:
+            close()
+
+
+def _several(token: Any) -> int:
+    raise DataError(f"stream_text: takes one row of tokens, got {np.size(token)} rows")
+
+
+__all__ = ["Conversation", "TokenStream", "stream", "stream_text"]
