@@ -57,9 +57,9 @@ def dense(
 
 def _product(x: Array, kernel: Array, dtype: Any) -> Array:
     """x [..., D] times kernel [D, F] with factors in `dtype`, summed and returned in at least float32."""
-    contract = (((x.ndim - 1,), (0,)), ((), ()))
 
     def product(x: Array, kernel: Array) -> Array:
+        contract = (((x.ndim - 1,), (0,)), ((), ()))
         return lax.dot_general(x, kernel.astype(dtype), contract, preferred_element_type=accumulator(dtype))
 
     return by_rows(product, x, kernel) if x.size == x.shape[-1] else product(x, kernel)

@@ -96,6 +96,7 @@ def test_older_words_for_rotary_positions(tmp_path):
         ),
         ("qwen2", dict(use_sliding_window="yes"), "use_sliding_window should be bool, got 'yes'"),
         ("qwen3_moe", dict(num_experts_per_tok=5), "num_experts_per_tok: 5 of only 4 experts"),
+        ("qwen3_moe", dict(num_experts=10**8), "num_experts=100000000 is beyond any model"),
         ("qwen3_moe", dict(mlp_only_layers=["0"]), "mlp_only_layers should be a list of layer numbers"),
         ("gemma2", dict(query_pre_attn_scalar=0), "query_scale: 0 is not a number above 0"),
         (

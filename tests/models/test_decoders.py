@@ -115,12 +115,25 @@ def test_packed_rows_equal_separate_ones(name):
         assert_close(packed[row, start:stop], logits[text, : stop - start])
 
 
+def test_a_donated_cache_is_written_in_place():
+    model, params, arrays = golden("llama")
+
+    def step(params, ids, cache):
+        return model.apply({"params": params}, ids, cache=cache).cache
+
+    cache = model.init_cache(3, 64)
+    where = [part.unsafe_buffer_pointer() for part in (*cache.keys, *cache.values)]
+    cache = jax.jit(step, donate_argnums=2)(params, arrays["input_ids"][:, :1], cache)
+    assert [part.unsafe_buffer_pointer() for part in (*cache.keys, *cache.values)] == where
+    assert int(cache.cursor) == 1
+
+
 def loss(model, params, batch):
     out = model.apply({"params": params}, **batch)
     return jnp.mean(jnp.square(jax.nn.log_softmax(out.logits)))
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("name", ["gemma2", "qwen3_moe"])
 @pytest.mark.parametrize(
     "execution", [Execution(scan_layers=True), Execution(remat=True)], ids=["scan", "remat"]
 )
@@ -161,9 +174,8 @@ def test_bfloat16(name):
         assert_close(np.asarray(out.logits)[mask > 0], arrays["logits"][mask > 0], 0.1)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "qwen3_moe"])
-def test_eight_devices_equal_one(name):
-    model, params, arrays = golden(name)
+def test_eight_devices_equal_one():
+    model, params, arrays = golden("qwen3_moe")
     batch = {key: np.repeat(arrays[key][:2], 4, axis=0) for key in ("input_ids", "attention_mask")}
     step = jax.value_and_grad(functools.partial(loss, model))
     expected_loss, expected = jax.jit(step)(params, batch)

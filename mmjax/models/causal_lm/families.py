@@ -56,6 +56,9 @@ IGNORED: Mapping[str, str] = {
     "id2label": "classifiers only",
     "label2id": "classifiers only",
     "num_labels": "classifiers only",
+    "max_sequence_length": "an early name for what max_position_embeddings says",
+    "is_llama_config": "a note of the folder's makers",
+    "transformers.js_config": "another framework's",
 }
 SLIDING: Mapping[str, str] = {
     name: "read as sliding_window and layer_types"
@@ -65,12 +68,15 @@ SLIDING: Mapping[str, str] = {
 CAUSAL: Mapping[str, tuple[Any, ...]] = {"use_bidirectional_attention": (None, False)}
 
 
-def _whole(hub: Hub, name: str, default: Any, where: str) -> Any:
-    """A whole number, None, or a flag, of the default's kind."""
+def _whole(hub: Hub, name: str, default: Any, where: str, most: int = 2**20) -> Any:
+    """A whole number or a flag, as the default is; None only where it means that there is no window."""
     value = hub.get(name, default)
-    if value is None or (isinstance(value, int) and isinstance(value, bool) == isinstance(default, bool)):
-        return value
-    raise ConfigError(f"{where}: {name} should be {type(default).__name__}, got {short(value)}")
+    fits = isinstance(value, int) and isinstance(value, bool) == isinstance(default, bool)
+    if not fits and not (value is None and name == "sliding_window"):
+        raise ConfigError(f"{where}: {name} should be {type(default).__name__}, got {short(value)}")
+    if fits and abs(value) > most:
+        raise ConfigError(f"{where}: {name}={value} is beyond any model; download the file again")
+    return value
 
 
 def _layer_types(hub: Hub, where: str) -> list[str] | None:
@@ -127,7 +133,7 @@ def _qwen3_moe(values: dict[str, Any], hub: Hub, where: str) -> dict[str, Any]:
     if "num_local_experts" in given:
         given.setdefault("num_experts", given["num_local_experts"])
     defaults = {field.name: field.default for field in dataclasses.fields(ExpertsConfig)}
-    fields = {ours: _whole(given, theirs, defaults[ours], where) for theirs, ours in _EXPERTS.items()}
+    fields = {ours: _whole(given, theirs, defaults[ours], where, 2**14) for theirs, ours in _EXPERTS.items()}
     dense = hub.get("mlp_only_layers") or []
     if not isinstance(dense, list) or not all(isinstance(i, int) for i in dense):
         raise ConfigError(f"{where}: mlp_only_layers should be a list of layer numbers, got {short(dense)}")
@@ -174,7 +180,9 @@ def _opt(values: dict[str, Any], hub: Hub, where: str) -> dict[str, Any]:
     before = _whole(hub, "do_layer_norm_before", True, where)
     bias = _whole(hub, "enable_bias", True, where)
     removed = _whole(hub, "_remove_final_layer_norm", False, where)
+    width = values.get("embedding_size")
     return {
+        "embedding_size": None if width == values["hidden_size"] else width,
         "norm_order": "pre" if before else "post",
         "final_norm": before and not removed,
         "qkv_bias": bias,
@@ -218,7 +226,9 @@ DECODERS: Mapping[str, DecoderFamily] = MappingProxyType(
     {
         "llama": DecoderFamily(
             "LlamaForCausalLM",
-            ConfigTable({**BIASED, "mlp_bias": "mlp_bias"}, ignored=IGNORED),
+            ConfigTable(
+                {**BIASED, "mlp_bias": "mlp_bias"}, fixed={"rope_interleaved": (False,)}, ignored=IGNORED
+            ),
             dict(bos_token_id=1, eos_token_id=2),
             _bias,
         ),
@@ -236,7 +246,7 @@ DECODERS: Mapping[str, DecoderFamily] = MappingProxyType(
         ),
         "qwen2": DecoderFamily(
             "Qwen2ForCausalLM",
-            ConfigTable(COMMON, ignored={**IGNORED, **SLIDING}),
+            ConfigTable(COMMON, fixed={"use_mrope": (False,)}, ignored={**IGNORED, **SLIDING}),
             {**QWEN, "qkv_bias": True},
             _later_layers_slide,
             _write_sliding,
