@@ -25,9 +25,12 @@ from mmjax.errors import MmjaxError
 
 Message = dict[str, Any]
 RESTART = "start all processes again with --resume"
+_GONE = "of this run ended or cannot be reached"
 # The main thread may be about to say itself what went wrong, in better words than those of another process.
 _GRACE = 1.0
 _FAREWELL = 5.0
+# Functions that C may still call must not be collected.
+_HANDLERS: list[Any] = []
 
 
 class PeerError(MmjaxError, RuntimeError):
@@ -106,7 +109,8 @@ class Channel(Alone):
         self._wake_in, self._wake_out = socket.socketpair()
         self._wake_out.setblocking(False)
         self._wake_in.setblocking(False)
-        self._abort_handler = _speak_before_abort(index)
+        if index:
+            speak_before_abort(f"{prefix(index)}error: process 0 {_GONE}; {RESTART}")
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
 
@@ -188,7 +192,7 @@ class Channel(Alone):
         self._leaving.set()
         self._send(None, {"kind": "over"})
         self._thread.join(_FAREWELL)
-        _leave_abort_alone()
+        leave_abort_alone()
 
     def _send(self, to: int | None, message: Message) -> None:
         # Only the thread writes to sockets: a signal handler may come in the middle of anything.
@@ -300,7 +304,7 @@ class Channel(Alone):
         self._peers.pop(peer).close()
         self._note(lambda: None)
         if len(self._byes) < self.count:
-            self._condemn(f"process {peer} of this run ended or cannot be reached; {RESTART}", 1)
+            self._condemn(f"process {peer} {_GONE}; {RESTART}", 1)
 
     def _condemn(self, words: str, exit_code: int) -> None:
         """The run is over: for the others of process 0 by its word, and here as soon as can be."""
@@ -332,22 +336,24 @@ def say_last(line: str) -> None:
         os.write(2, f"{shown}{line}\n".encode())
 
 
-def _speak_before_abort(index: int) -> Any:
-    """XLA aborts a process whose coordinator is gone, over the head of Python: say what that means."""
-    if index == 0:
-        return None
+def speak_before_abort(line: str) -> None:
+    """XLA aborts a process whose coordinator is gone, over the head of Python: print what that means.
+
+    Args:
+        line: for stderr; the process then exits with 1.
+    """
 
     def speak(number: int) -> None:
-        words = f"process 0 of this run ended or cannot be reached; {RESTART}"
-        say_last(f"{prefix(index)}error: {words}")
+        say_last(line)
         os._exit(1)
 
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(speak)
+    _HANDLERS.append(handler)
     ctypes.CDLL(None).signal(int(signal.SIGABRT), handler)
-    return handler
 
 
-def _leave_abort_alone() -> None:
+def leave_abort_alone() -> None:
+    """Undo `speak_before_abort`."""
     ctypes.CDLL(None).signal(int(signal.SIGABRT), None)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
+import socket
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mmjax.errors import ConfigError
+from mmjax.parallel.channel import leave_abort_alone, prefix, speak_before_abort
 from mmjax.parallel.mesh import batch_sharding
 
 _VARIABLES = {
@@ -55,6 +59,13 @@ class Launch:
         """
         import jax
 
+        where = f" at {self.coordinator}" if self.coordinator else ""
+        advice = "check --coordinator, --process-id and --num-processes of each process"
+        start = prefix(self.process_id or 0)
+        late = f"not all processes of this run connected{where} within {self.start_timeout} seconds"
+        if self.coordinator and self.process_id:
+            _wait_for(self.coordinator, self.start_timeout, f"{late}; {advice}")
+        speak_before_abort(f"{start}error: {late}; {advice}")
         # It would take SIGTERM for itself, which `Interrupts` answers.
         jax.config.update("jax_enable_preemption_service", False)
         try:
@@ -69,11 +80,10 @@ class Launch:
             )
         except (ValueError, RuntimeError, OSError) as error:
             reason = " ".join(str(error).split())[:300]
-            where = f" at {self.coordinator}" if self.coordinator else ""
             raise ConfigError(
-                f"the processes of this run cannot be connected{where}: {reason}; check --coordinator, "
-                "--process-id and --num-processes of each"
+                f"the processes of this run cannot be connected{where}: {reason}; {advice}"
             ) from error
+        leave_abort_alone()
 
 
 def find_launch(
@@ -159,6 +169,17 @@ def batch_part(mesh: Mesh) -> tuple[int, int]:
 def local_mesh_shape(mesh: Mesh) -> dict[str, int]:
     """The shape for a mesh of this process's own devices: parameters are split where they were before."""
     return {"fsdp" if np.prod([mesh.shape["fsdp"], mesh.shape["tensor"]]) > 1 else "data": -1}
+
+
+def _wait_for(coordinator: str, seconds: float, words: str) -> None:
+    """Wait until process 0 listens: XLA would end its own wait with an abort."""
+    host, _, port = coordinator.rpartition(":")
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError), socket.create_connection((host.strip("[]"), int(port)), 5.0):
+            return
+        time.sleep(0.2)
+    raise ConfigError(words)
 
 
 def _flag(name: str) -> str:

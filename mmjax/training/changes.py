@@ -50,7 +50,7 @@ def changes(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     >>> changes({"stages.a.steps": "1"}, {"stages.a.steps": "2"})
     ['stages.a.steps was 1, is 2']
     """
-    names = {**then, **now}
+    names = {**now, **then}
     return [
         f"{name} was {then.get(name, 'not there')}, is {now.get(name, 'not there')}"
         for name in names
