@@ -62,6 +62,11 @@ class StageRun:
         index: which stage.
         opened: the model.
         mesh: where it lies.
+
+    Attributes:
+        step: the jitted train step, (state, batch) -> (state, metrics).
+        shapes, shardings: of the state.
+        trained: paths of the parameters that train.
     """
 
     def __init__(self, experiment: Experiment, index: int, opened: OpenedModel, mesh: Mesh) -> None:
@@ -94,7 +99,7 @@ class StageRun:
             index: "learning_rate" if len(rules) == 1 else f"learning_rate {all_rules[index].pattern}"
             for index in rules
         }
-        self._step = jax.jit(
+        self.step = jax.jit(
             make_train_step(
                 opened.model,
                 self.stage.loss,
@@ -171,7 +176,7 @@ class StageRun:
             batch.pop("faults", None)
             ids = batch.pop("ids", None)
             cursor = Cursor(cursor.step + 1, batches.get_state())  # type: ignore[attr-defined]
-            state, metrics = self._step(state, self.place(batch))
+            state, metrics = self.step(state, self.place(batch))
             flying.append((cursor, metrics, ids))
             settle(STEPS_IN_FLIGHT)
             if pause(cursor.step):
