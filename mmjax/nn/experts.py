@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import chex
@@ -12,7 +13,7 @@ from jax import lax
 
 from mmjax.nn.activations import activation
 from mmjax.nn.config import Execution
-from mmjax.nn.functional import accumulator
+from mmjax.nn.functional import accumulator, by_rows
 from mmjax.nn.initializers import Initializer, lecun_normal
 from mmjax.nn.modules import Dense, param
 from mmjax.parallel import LogicalAxes
@@ -80,13 +81,13 @@ def mix_experts(
     dtype = jnp.dtype(dtype or gate.dtype)
     experts, (tokens, count) = gate.shape[0], chosen.shape
     flat = chosen.reshape(-1)
+    one_row_each = functools.partial(jnp.einsum, "mtd,mdf->mtf", preferred_element_type=accumulator(dtype))
     if tokens * count <= experts:
         order = jnp.arange(tokens * count)
 
         def product(rows: Array, kernel: Array) -> Array:
-            sums = accumulator(dtype)
             taken = kernel[flat].astype(dtype)
-            return jnp.einsum("md,mdf->mf", rows, taken, preferred_element_type=sums).astype(dtype)
+            return by_rows(one_row_each, rows[:, None], taken)[:, 0].astype(dtype)
 
     else:
         order = jnp.argsort(flat, stable=True)
