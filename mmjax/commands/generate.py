@@ -143,7 +143,8 @@ def compilation_cache(wanted: bool) -> Iterator[None]:
     import jax
     from jax.experimental.compilation_cache import compilation_cache as cache
 
-    folder = private_folder() if wanted and jax.config.jax_compilation_cache_dir is None else None
+    settled = getattr(jax.config, "jax_compilation_cache_dir", None) is not None
+    folder = private_folder() if wanted and not settled else None
     if folder is None:
         yield
         return

@@ -50,7 +50,7 @@ class Controls:
     """
 
     keys: Array | None
-    numbers: dict[str, Array]
+    numbers: dict[str, Any]
     stop_ids: Array
     pad_id: Array
     limit: Array
@@ -102,8 +102,8 @@ def begin(
     if "repetition_penalty" in plan.names:
         seen = jnp.zeros(logits.shape, bool)
         if "input_ids" in text:
-            rows = jnp.arange(logits.shape[0])[:, None]
-            seen = seen.at[rows, text["input_ids"]].max(text["attention_mask"] != 0)
+            each = jnp.arange(logits.shape[0])[:, None]
+            seen = seen.at[each, text["input_ids"]].max(text["attention_mask"] != 0)
     logits, cache, seen = repeat_rows((logits, cache, seen), copies)
     rows = logits.shape[0]
     state = DecodeState(

@@ -111,6 +111,10 @@ class BeamSearch:
         if self.early_stopping not in (True, False, "never"):
             raise ConfigError(f"early_stopping: {self.early_stopping!r} is not True, False or 'never'")
 
+    def numbers(self) -> dict[str, np.ndarray]:
+        """The number that a program does not depend on."""
+        return {"length_penalty": np.asarray(self.length_penalty, np.float32)}
+
 
 Sampler = Greedy | Sampling | BeamSearch
 

@@ -140,18 +140,17 @@ def make_ready(
     check_ids(model, prompts.inputs.get("input_ids"))
     check_length(model, before + prompts.length, max_new_tokens)
     stops = ending_ids(model, stop_ids)
-    if isinstance(sampler, BeamSearch):
-        numbers = {"length_penalty": np.float32(sampler.length_penalty)}
-    else:
-        numbers = sampler.numbers()
     # So that one stop id or four are one program.
     filled = [*stops, *[-1] * (-len(stops) % 4 or (0 if stops else 4))]
-    controls = Controls(
-        keys=_row_keys(key, prompts.rows, copies) if isinstance(sampler, Sampling) else None,
-        numbers=numbers,
+    arrays: dict[str, Any] = dict(
         stop_ids=np.asarray(filled, np.int32),
         pad_id=np.int32(padding_id(model, stops) if pad_id is None else pad_id),
         limit=np.int32(max_new_tokens),
+    )
+    controls = Controls(
+        keys=_row_keys(key, prompts.rows, copies) if isinstance(sampler, Sampling) else None,
+        numbers=sampler.numbers(),
+        **arrays,
     )
     return prompts, controls
 

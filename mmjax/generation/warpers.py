@@ -141,7 +141,7 @@ def choose(
     [1]
     """
     logits = warp(logits, plan, numbers, seen)
-    if not plan.random:
+    if keys is None or not plan.random:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 

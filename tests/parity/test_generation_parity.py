@@ -74,16 +74,101 @@ def reference_tokens(theirs: Any, batch: dict[str, np.ndarray], new: int, **opti
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("stops", [None, ()], ids=["stops", "no-stops"])
-def test_greedy_texts_of_64_tokens(name, stops, folder):
+@pytest.mark.parametrize("stops", [[2, 7], []], ids=["stops", "no-stops"])
+def test_greedy_texts_of_64_tokens(name, stops, folder, monkeypatch):
     theirs, model, params = both(name, folder)
-    options = {} if stops is None else {"min_new_tokens": 64}
-    expected = reference_tokens(theirs, prompts(), 64, **options)
+    monkeypatch.setattr(theirs.generation_config, "eos_token_id", stops or None)
+    expected = reference_tokens(theirs, prompts(), 64)
+    assert not stops or (expected == 0).any()
     for side in ("left", "right"):
         tokens = mmjax.generate(model, params, prompts(side), 64, stop_ids=stops)
-        if stops is None:
-            np.testing.assert_array_equal(tokens, expected)
-        else:
-            # Theirs forbids the stop id, ours only ignores it.
-            same = np.cumprod(np.asarray(tokens) != 2, axis=1).astype(bool)
-            np.testing.assert_array_equal(np.asarray(tokens)[same], expected[same])
+        np.testing.assert_array_equal(tokens, expected)
+
+
+BEAMS = [
+    dict(num_beams=3),
+    dict(num_beams=4, length_penalty=2.0, early_stopping=True),
+    dict(num_beams=2, length_penalty=0.5, early_stopping="never"),
+    dict(num_beams=3, length_penalty=-1.0, early_stopping="never"),
+]
+
+
+@pytest.mark.parametrize("settings", BEAMS, ids=str)
+def test_beam_search(settings, folder):
+    """Several stop ids, so that texts end at many lengths, and two texts returned for each prompt."""
+    theirs, model, params = both("llama", folder)
+    stops = [2, 7, 11, 30, 41]
+    expected = reference_tokens(theirs, prompts(), 24, eos_token_id=stops, num_return_sequences=2, **settings)
+    tokens = mmjax.generate(
+        model, params, prompts(), 24, BeamSearch(**settings), stop_ids=stops, num_return_sequences=2
+    )
+    np.testing.assert_array_equal(tokens, expected)
+    assert len({int((row == 0).argmax()) for row in expected}) > 1
+
+
+def test_greedy_with_repetition_penalty(folder):
+    """Row by row: theirs counts padding as seen."""
+    theirs, model, params = both("llama", folder)
+    batch = prompts()
+    tokens = mmjax.generate(model, params, batch, 24, Greedy(repetition_penalty=1.7), stop_ids=())
+    for row in range(3):
+        ids = batch["input_ids"][row : row + 1, batch["attention_mask"][row].argmax() :]
+        alone = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        expected = reference_tokens(theirs, alone, 24, eos_token_id=[49], repetition_penalty=1.7)[0]
+        count = int((expected == 49).argmax()) or 24
+        np.testing.assert_array_equal(tokens[row, :count], expected[:count])
+
+
+LOGITS = np.random.default_rng(5).normal(0, 3, (4, 97)).astype(np.float32)
+SEEN = np.random.default_rng(6).integers(0, 97, (4, 12))
+
+
+@pytest.mark.parametrize(
+    "sampler, processors",
+    [
+        (Sampling(temperature=0.3), [logits_process.TemperatureLogitsWarper(0.3)]),
+        (Sampling(top_k=5), [logits_process.TopKLogitsWarper(5)]),
+        (Sampling(top_k=500), [logits_process.TopKLogitsWarper(500)]),
+        (Sampling(top_p=0.8), [logits_process.TopPLogitsWarper(0.8)]),
+        (Sampling(top_p=0.01), [logits_process.TopPLogitsWarper(0.01)]),
+        (Sampling(min_p=0.1), [logits_process.MinPLogitsWarper(0.1)]),
+        (
+            Sampling(repetition_penalty=1.3),
+            [logits_process.RepetitionPenaltyLogitsProcessor(1.3)],
+        ),
+        (
+            Sampling(repetition_penalty=0.8, temperature=2.5, top_k=60, top_p=0.9, min_p=0.05),
+            [
+                logits_process.RepetitionPenaltyLogitsProcessor(0.8),
+                logits_process.TemperatureLogitsWarper(2.5),
+                logits_process.TopKLogitsWarper(60),
+                logits_process.TopPLogitsWarper(0.9),
+                logits_process.MinPLogitsWarper(0.05),
+            ],
+        ),
+    ],
+    ids=lambda value: "+".join(value.plan().names[:-1]) if isinstance(value, Sampling) else "",
+)
+def test_logits_processors(sampler, processors):
+    seen = np.zeros(LOGITS.shape, bool)
+    seen[np.arange(4)[:, None], SEEN] = True
+    ours = np.asarray(warp(jnp.asarray(LOGITS), sampler.plan(), sampler.numbers(), jnp.asarray(seen)))
+    expected = torch.from_numpy(LOGITS)
+    for processor in processors:
+        expected = processor(torch.from_numpy(SEEN), expected)
+    finite = np.isfinite(expected.numpy())
+    np.testing.assert_array_equal(np.isfinite(ours), finite)
+    ref.assert_close(np.where(finite, ours, 0), np.where(finite, expected.numpy(), 0))
+
+
+def test_the_order_of_processors_is_theirs(folder):
+    theirs, _, _ = both("llama", folder)
+    settings = dict(repetition_penalty=0.8, temperature=2.5, top_k=60, top_p=0.9, min_p=0.05)
+    config = transformers.GenerationConfig(do_sample=True, **settings)
+    # Special tokens are prepared for by `generate`; none are needed here.
+    config._eos_token_tensor = None
+    processors = theirs._get_logits_processor(config, input_ids_seq_length=12, device="cpu")
+    names = [type(processor).__name__ for processor in processors]
+    words = ("RepetitionPenalty", "Temperature", "TopK", "TopP", "MinP")
+    assert [word for name in names for word in words if name.startswith(word)] == [*words]
+    assert Sampling(**settings).plan().names == tuple(settings)

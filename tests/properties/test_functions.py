@@ -10,6 +10,7 @@ import jax.test_util
 import numpy as np
 import pytest
 
+import mmjax.generation
 import mmjax.losses
 import mmjax.nn
 from mmjax.language.text_encoder import pool_eos
@@ -130,6 +131,14 @@ CASES = {
         (normal(2, 3, 3), normal(3, 7), normal(7), np.array([[0, 6, -100], [3, 3, 1]])),
         3,
     ),
+    "penalize_repetition": (
+        lambda x, seen: mmjax.generation.penalize_repetition(x, seen, 1.5),
+        (normal(2, 5), np.array([[1, 0, 1, 0, 0], [0, 0, 1, 1, 1]], bool)),
+        1,
+    ),
+    "keep_top_k": (lambda x: jnp.isfinite(mmjax.generation.keep_top_k(x, 3)), (normal(2, 5),), 0),
+    "keep_top_p": (lambda x: jnp.isfinite(mmjax.generation.keep_top_p(x, 0.7)), (normal(2, 5),), 0),
+    "keep_min_p": (lambda x: jnp.isfinite(mmjax.generation.keep_min_p(x, 0.2)), (normal(2, 5),), 0),
 }
 
 
@@ -137,7 +146,7 @@ def test_every_public_array_function_is_here():
     """Adding a function to the rooms means adding it to the table above."""
     public = {
         name
-        for room in (mmjax.nn, mmjax.losses)
+        for room in (mmjax.nn, mmjax.losses, mmjax.generation)
         for name in room.__all__
         if inspect.isfunction(getattr(room, name))
     }
@@ -151,6 +160,7 @@ def test_every_public_array_function_is_here():
         "rope_frequencies",
         "rope_tables",
         "run_layers",
+        *("generate", "score", "stream", "stream_text"),
     }
     assert public - not_of_arrays <= set(CASES)
 

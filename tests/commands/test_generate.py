@@ -1,0 +1,225 @@
+"""`mmjax generate` and `mmjax chat` with a tiny model of random parameters."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import shutil
+import stat
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import mmjax
+from mmjax.commands import chat, generate
+from mmjax.commands.output import printable
+from mmjax.generation import Sampling
+from mmjax.language import DecoderConfig
+from mmjax.language.learned import train_bpe_tokenizer
+from mmjax.models import CausalLM
+from mmjax.models.processor import Processor
+from tests.tiny import random_params
+
+CHAT = """{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"""
+
+
+@pytest.fixture(autouse=True)
+def cache_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "mmjax" / "compiled"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    words = ["two cats and three dogs", "system user assistant", "no more cats, two more dogs"]
+    tokenizer = train_bpe_tokenizer(words, 300, special_tokens=["<|im_start|>", "<|im_end|>"])
+    tokenizer = tokenizer.with_chat_template(CHAT)
+    config = DecoderConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=200, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    model = CausalLM(config)
+    folder = tmp_path_factory.mktemp("models") / "talker"
+    mmjax.save(folder, model, random_params(model), Processor(None, tokenizer))
+    return folder
+
+
+def expected(folder, prompt, new, **options):
+    model, params, processor = mmjax.load(folder)
+    ids = processor.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else np.asarray(prompt)
+    tokens = mmjax.generate(model, params, {"input_ids": ids}, new, pad_id=0, **options)
+    return processor.tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    """What a person types."""
+
+    def give(*text):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in text)))
+
+    return give
+
+
+def visible(text):
+    """As the command shows it."""
+    return "".join(c if c in "\n\t" else printable(c) for c in text)
+
+
+def test_a_text_goes_on(run, folder, lines):
+    code, out, err = run("generate", "--model", folder, "two cats", "--max-new-tokens", 12)
+    assert (code, err) == (0, "")
+    assert out == visible(expected(folder, "two cats", 12)) + "\n"
+    lines("two cats")
+    options = ("--max-new-tokens", 9, "--seed", 4, "--temperature", 1.5, "--top-k", 40, "--top-p", 0.9)
+    code, out, err = run("generate", "--model", folder, "-", *options)
+    sampler = Sampling(temperature=1.5, top_k=40, top_p=0.9)
+    wanted = expected(folder, "two cats\n", 9, sampler=sampler, key=jax.random.key(4))
+    assert (code, out, err) == (0, visible(wanted) + "\n", "")
+
+
+def test_a_message_to_a_chat_model(run, folder):
+    """A special token that was typed stays text."""
+    arguments = ("--chat", "--system", "be <|im_end|>", "cats <|im_start|>", "--max-new-tokens", 8)
+    code, out, err = run("generate", "--model", folder, *arguments)
+    tokenizer = mmjax.load(folder)[2].tokenizer
+    ids = tokenizer.apply_chat_template(
+        [{"role": "system", "content": "be <|im_end|>"}, {"role": "user", "content": "cats <|im_start|>"}],
+        add_generation_prompt=True,
+    )["input_ids"]
+    assert np.isin(ids, tokenizer.token_to_id("<|im_start|>")).sum() == 3
+    assert (code, out, err) == (0, visible(expected(folder, ids, 8)) + "\n", "")
+
+
+def test_compiled_programs_are_kept_for_this_user(run, folder, cache_home):
+    arguments = ("generate", "--model", folder, "cats", "--max-new-tokens", 3)
+    assert run(*arguments, "--no-compilation-cache")[0] == 0
+    assert not cache_home.exists()
+    jax.clear_caches()
+    _, first, _ = run(*arguments)
+    assert stat.S_IMODE(cache_home.stat().st_mode) == 0o700
+    kept = {path.name for path in cache_home.iterdir() if path.name.endswith("-cache")}
+    assert kept
+    jax.clear_caches()
+    _, again, _ = run(*arguments)
+    assert again == first
+    assert {path.name for path in cache_home.iterdir() if path.name.endswith("-cache")} == kept
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_a_folder_of_somebody_else_is_not_used(run, folder, cache_home, tmp_path):
+    cache_home.parent.mkdir(parents=True)
+    (tmp_path / "shared").mkdir()
+    cache_home.symlink_to(tmp_path / "shared")
+    code, _, err = run("generate", "--model", folder, "cats", "--max-new-tokens", 2)
+    assert (
+        code == 0
+        and err == f"note: compiled programs are not kept: {cache_home}: it is not a folder of this user's\n"
+    )
+    assert not list((tmp_path / "shared").iterdir())
+
+
+def test_the_ids_that_end_a_text(folder, tmp_path):
+    """Of the config, of the tokenizer, and of generation_config.json."""
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    config = json.loads((copy / "config.json").read_text()) | {"eos_token_id": 5}
+    (copy / "config.json").write_text(json.dumps(config))
+    options = argparse.Namespace(model=str(copy), dtype=None)
+    tokenizer, stop_ids = generate.open_language_model(options)[2:]
+    assert stop_ids == tuple(sorted({5, 7, 9, tokenizer.eos_token_id}))
+
+
+def test_a_chat(run, folder, lines, monkeypatch):
+    """Answers are those to the whole conversation; what was read is not read again; /reset forgets."""
+    reused = []
+    plain = mmjax.generation.stream
+
+    def watched(*arguments, **options):
+        reused.append(plain(*arguments, **options))
+        return reused[-1]
+
+    monkeypatch.setattr(mmjax.generation, "stream", watched, raising=False)
+    lines("two cats", "", "and dogs", "/what", "/reset", "two cats", "/exit", "more")
+    code, out, err = run("chat", "--model", folder, "--max-new-tokens", 6, "--system", "cats")
+    assert code == 0 and err == "error: no command '/what': there are /reset and /exit\n"
+    tokenizer = mmjax.load(folder)[2].tokenizer
+    messages, answers = [{"role": "system", "content": "cats"}], []
+    for line in ("two cats", "and dogs"):
+        messages.append({"role": "user", "content": line})
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        answers.append(expected(folder, ids, 6))
+        messages.append({"role": "assistant", "content": answers[-1]})
+    assert out == "".join(f"{visible(answer)}\n" for answer in (*answers, answers[0]))
+    first = tokenizer.apply_chat_template(messages[:2], add_generation_prompt=True)["input_ids"].size
+    assert len(reused) == 3
+    assert reused[0].reused == 0 and reused[1].reused >= first - 1 and reused[2].reused == 0
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(run, folder, lines, monkeypatch):
+    shown = []
+    plain = chat.show
+
+    def interrupted(pieces):
+        if not shown:
+            shown.append(next(iter(pieces)))
+            raise KeyboardInterrupt
+        plain(pieces)
+
+    monkeypatch.setattr(chat, "show", interrupted)
+    lines("two cats", "and dogs")
+    code, out, err = run("chat", "--model", folder, "--max-new-tokens", 6)
+    tokenizer = mmjax.load(folder)[2].tokenizer
+    messages = [
+        {"role": "user", "content": "two cats"},
+        {"role": "assistant", "content": shown[0]},
+        {"role": "user", "content": "and dogs"},
+    ]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert (code, out, err) == (0, "\n" + visible(expected(folder, ids, 6)) + "\n", "")
+
+
+def test_a_conversation_that_is_too_long_ends_in_one_line(run, folder, lines):
+    lines("cats " * 100, "cats")
+    code, out, err = run("chat", "--model", folder, "--max-new-tokens", 4)
+    assert code == 0 and out.count("\n") == 1
+    assert err.startswith("error: max_new_tokens: ") and err.endswith("(/reset begins anew)\n")
+    assert err.count("\n") == 1
+
+
+HERE = ("generate", "--model", "FOLDER")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ((*HERE, ""), "the prompt is empty (see mmjax generate --help)"),
+        ((*HERE, "a", "--system", "b"), "--system is for conversations: give --chat"),
+        ((*HERE, "a", "--temperature", "0"), "temperature: 0.0 is not a number above 0"),
+        ((*HERE, "a", "--top-p", "2"), "top_p: 2.0 is not a number"),
+        ((*HERE, "a", "--max-new-tokens", "0"), "'0' is not a whole number"),
+        ((*HERE, "a", "--max-new-tokens", "300"), "300 new ones are more than the model's"),
+        (HERE, "the following arguments are required: PROMPT"),
+        (("chat", "--model", "FOLDER", "--top-k", "0"), "top_k: 0 is not a whole number"),
+        (("chat", "--model", "nowhere/at/all"), "nowhere/at/all: no such folder"),
+    ],
+    ids=lambda value: value[:24] if isinstance(value, str) else "",
+)  # fmt: skip
+def test_what_is_refused(fails, folder, arguments, words):
+    assert words in fails(*(str(folder) if part == "FOLDER" else part for part in arguments))
+
+
+def test_folders_that_cannot_talk(fails, folder, clip_folder, tmp_path):
+    assert "does not generate text" in fails("generate", "--model", clip_folder, "a")
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    (copy / "chat_template.jinja").unlink()
+    assert "no chat template" in fails("chat", "--model", copy)
+    (copy / "tokenizer.json").unlink()
+    (copy / "tokenizer_config.json").unlink()
+    assert "no tokenizer.json, so there is no text" in fails("generate", "--model", copy, "a")
