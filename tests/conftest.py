@@ -14,3 +14,13 @@ os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *FLAGS)).st
 # collectives in different orders until no thread is left: a deadlock that a larger pool does not have.
 os.environ.setdefault("NPROC", "64")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Compiled programs of one file are of no use to the next; kept, they would fill gigabytes."""
+    yield
+    jax.clear_caches()

@@ -158,7 +158,7 @@ def test_only_adapters_have_gradients_and_int8_bases_train_too():
 
     for base in (params, quantize(params)):
         value, grads = jax.jit(jax.value_and_grad(loss))(lora, base)
-        expected, expected_grads = jax.value_and_grad(merged_loss)(lora, dequantize(base))
+        expected, expected_grads = jax.jit(jax.value_and_grad(merged_loss))(lora, dequantize(base))
         assert_close(value, expected, 1e-5)
         for ours, theirs in zip(jax.tree.leaves(grads), jax.tree.leaves(expected_grads), strict=True):
             assert_close(ours, theirs, 1e-4)
@@ -267,7 +267,7 @@ def test_a_stage_trains_an_adapter_and_nothing_else(folder, tmp_path, int8):
                 rules=(("base/.*", FROZEN), ("lora/.*", Constant(value=0.02))),
             ),
         ),
-        train=Train(steps=6, batch_size=8, checkpoint_every=3, log_every=3),
+        train=Train(steps=4, batch_size=8, checkpoint_every=4, log_every=4),
         mesh={"data": 8},
         export=export_adapter,
     )
@@ -287,12 +287,12 @@ def test_a_stage_trains_an_adapter_and_nothing_else(folder, tmp_path, int8):
     merged_model, merged, processor = mmjax.load(tmp_path / "merged")
     assert_close(logits(merged_model, merged), logits(outcome.model, outcome.params), 1e-5)
     assert processor.tokenizer.vocab_size == 262
-    more = dataclasses.replace(
-        experiment,
-        name="more",
-        model=LoraFromFolder(path=str(folder), adapter=str(tmp_path / "models/tune"), int8=int8),
-    )
-    assert train(more, workdir=tmp_path).history()["loss"][0] < losses[0] - 0.1
+    source = LoraFromFolder(path=str(folder), adapter=str(tmp_path / "models/tune"), int8=int8)
+    opened = source.open(None, jax.random.key(0), outcome.mesh)
+    found = opened.params()
+    for path, value in flatten(outcome.params).items():
+        jax.tree.map(np.testing.assert_array_equal, value, found[path])
+    assert opened.shapes.keys() == opened.shardings.keys() == found.keys()
 
 
 def test_folders_that_are_not_plain_lora_are_refused(tmp_path):
