@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from contrastive_workers import clip_step, loss_in_jax, make_embeddings
+from contrastive_workers import clip_step, loss_in_jax, make_embeddings, temporary_bytes
 from turns import HERE, Runner, describe, machine, peak_bytes, ratio, take_turns
 
 WORKER = "contrastive_workers.py"
@@ -77,7 +77,7 @@ def memory(counts: Sequence[int]) -> list[dict[str, Any]]:
             for form in ("blocks", "dense"):
                 gradient = jax.value_and_grad(loss_in_jax(name, form), tuple(range(number)))
                 compiled = jax.jit(gradient).lower(*arguments).compile()
-                row[f"{name} {form}"] = compiled.memory_analysis().temp_size_in_bytes
+                row[f"{name} {form}"] = temporary_bytes(compiled)
         rows.append(row)
     return rows
 
@@ -107,8 +107,8 @@ def caching(rounds: int, retakes: int) -> dict[str, Any]:
         row = {"batch": size}
         for parts in (1, size // MICRO_BATCH):
             step, state, batch = clip_step(size, parts, shapes_only=True)
-            analysis = step.lower(state, batch).compile().memory_analysis()
-            row["in one piece" if parts == 1 else "in micro-batches"] = analysis.temp_size_in_bytes
+            size_of_it = temporary_bytes(step.lower(state, batch).compile())
+            row["in one piece" if parts == 1 else "in micro-batches"] = size_of_it
         row.setdefault("in micro-batches", row["in one piece"])
         growth.append(row)
     return {

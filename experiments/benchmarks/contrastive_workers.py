@@ -75,7 +75,12 @@ def with_jax(case: str, form: str) -> Program:
         value, (to_image, *_) = seen[0]
         return [float(value), *np.asarray(to_image[:2, :8]).ravel().tolist()]
 
-    return Program(call, result, facts={"temporary_bytes": compiled.memory_analysis().temp_size_in_bytes})
+    return Program(call, result, facts={"temporary_bytes": temporary_bytes(compiled)})
+
+
+def temporary_bytes(compiled: Any) -> int:
+    """What a compiled program needs besides its inputs and results."""
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 def open_clip_losses() -> ModuleType:
@@ -159,7 +164,7 @@ def training_step(case: str, form: str) -> Program:
         states.append(jax.block_until_ready(state))
         losses.append(float(metrics["loss"]))
 
-    facts = {"temporary_bytes": compiled.memory_analysis().temp_size_in_bytes}
+    facts = {"temporary_bytes": temporary_bytes(compiled)}
     return Program(call, lambda: losses[:3], facts=facts)
 
 
@@ -177,7 +182,8 @@ def clip_step(size: int, accumulate: int, *, shapes_only: bool = False) -> tuple
     model, optimizer = CLIPModel(CLIPConfig()), optax.adamw(**ADAMW)
 
     def fresh() -> Any:
-        flat = flatten(model.init(jax.random.key(0), **model.example_batch(1))["params"])
+        example: Any = model.example_batch(1)
+        flat = flatten(model.init(jax.random.key(0), **example)["params"])
         return create_state(flat, frozenset(flat), optimizer, jax.random.key(0))
 
     train_step = make_train_step(model, Contrastive(), optimizer, accumulate=accumulate)
