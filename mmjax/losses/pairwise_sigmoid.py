@@ -127,8 +127,8 @@ def _sigmoid_gradient(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sigmoid(plan: Plan, image: Array, text: Array, scale: Array, bias: Array, groups: Array | None) -> Array:
     def local(sharded: Any, whole: Any, axis: Axis | None) -> Any:
-        image, text, groups = sharded
-        return _sigmoid_value(image, text, groups, *whole, plan=plan, axis=axis)
+        (image, text, groups), (scale, bias) = sharded, whole
+        return _sigmoid_value(image, text, groups, scale, bias, plan, axis)
 
     return plan.run(local, (image, text, groups), (scale, bias), False)
 
@@ -137,8 +137,8 @@ def _sigmoid_forward(
     plan: Plan, image: Array, text: Array, scale: Array, bias: Array, groups: Array | None
 ) -> tuple[Array, Any]:
     def local(sharded: Any, whole: Any, axis: Axis | None) -> Any:
-        image, text, groups = sharded
-        return _sigmoid_gradient(image, text, groups, *whole, plan=plan, axis=axis)
+        (image, text, groups), (scale, bias) = sharded, whole
+        return _sigmoid_gradient(image, text, groups, scale, bias, plan, axis)
 
     out = (False, True, True, False, False)
     loss, *grads = plan.run(local, (image, text, groups), (scale, bias), out)
