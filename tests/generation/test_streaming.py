@@ -89,7 +89,7 @@ def test_a_conversation_goes_on_from_the_cache():
     sampler = Sampling(temperature=1.5, repetition_penalty=1.3)
     model, params = language_model()
     ids, conversation = [3, 9, 4, 7], None
-    for turn in range(5):
+    for turn in range(4):
         batch = {"input_ids": [ids]}
         tokens = stream(model, params, batch, 9, sampler, KEY, stop_ids=(), conversation=conversation)
         answer = [int(token[0]) for token in tokens]
