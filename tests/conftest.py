@@ -1,6 +1,11 @@
 """Eight emulated devices for every test: what stands here has to be set before jax is imported."""
 
 import os
+import signal
+
+# A shell's background job starts with Ctrl-C ignored, and so would the processes that tests interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 FLAGS = (
     "--xla_force_host_platform_device_count=8",
