@@ -1,10 +1,11 @@
 """Contrastive losses and gradient caching on CPU: time beside dense JAX and open_clip, and memory.
 
-    python experiments/benchmarks/contrastive.py [--quick] [--large]
+    python experiments/benchmarks/contrastive.py [--quick] [--only PART ...]
 
 Value and gradients of both embeddings and of the scale (and bias). Every form runs in a process of its own,
-and the processes take turns. --large also runs a loss of 131,072 pairs, which takes minutes. Results go to
-CONTRASTIVE.md and contrastive.json beside this file; with --quick, to output/contrastive.
+and the processes take turns. The part "large" runs a loss of 131,072 pairs once, which takes minutes. Results
+go to contrastive.json and, when every part is there, CONTRASTIVE.md beside this file; with --quick, to
+output/contrastive.
 Needs torch, and open_clip's loss: pip install --no-deps open_clip_torch
 """
 
@@ -19,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from contrastive_workers import clip_step, loss_in_jax, make_embeddings, temporary_bytes
-from turns import HERE, Runner, describe, machine, peak_bytes, ratio, take_turns
+from turns import ENVIRONMENT, HERE, Runner, describe, machine, peak_bytes, ratio, take_turns
 
 WORKER = "contrastive_workers.py"
 COUNT, WIDTH, PRODUCT = 8192, 512, 4096
 LARGEST = 131_072
+PARTS = ("time", "caching", "memory", "large")
 # Products of N x D by D x N numbers that value and gradients cannot do without: the similarities, once for
 # the value and once for the gradient, and the gradient of each side.
 PRODUCTS = 4
@@ -121,14 +123,15 @@ def caching(rounds: int, retakes: int) -> dict[str, Any]:
     }
 
 
-def report(results: dict[str, Any], about: dict[str, Any], rounds: int) -> str:
+def report(results: dict[str, Any]) -> str:
     """CONTRASTIVE.md."""
+    rounds = len(results["time"][0]["forms"][0]["seconds"])
     lines = [
         "# Contrastive losses on CPU: time and memory",
         "",
-        "Made by `python experiments/benchmarks/contrastive.py --large`; see its first lines.",
+        "Made by `python experiments/benchmarks/contrastive.py`; see its first lines.",
         "",
-        describe(about, rounds),
+        describe(results["machine"], rounds),
         "",
         f"## Time: value and gradients, {COUNT:,} pairs, {WIDTH} numbers each, float32",
         "",
@@ -165,14 +168,12 @@ def report(results: dict[str, Any], about: dict[str, Any], rounds: int) -> str:
     lines += [f"| pairs | {' | '.join(names)} |", "|---|---|---|---|---|"]
     for row in results["memory"]:
         lines.append(f"| {row['pairs']:,} | {' | '.join(_mb(row[name]) for name in names)} |")
-    if "large" in results:
-        large = results["large"]
-        lines += [
-            "",
-            f"InfoNCE of {large['pairs']:,} pairs with gradients ran in {large['seconds']:.0f} s; the "
-            f"process never held more than {large['peak_bytes'] / 2**30:.2f} GiB, inputs and libraries "
-            "included.",
-        ]
+    large = results["large"]
+    lines += [
+        "",
+        f"InfoNCE of {large['pairs']:,} pairs with gradients ran in {large['seconds']:.0f} s; the process "
+        f"never held more than {large['peak_bytes'] / 2**30:.2f} GiB, inputs and libraries included.",
+    ]
     cached = results["caching"]
     lines += ["", "## Gradient caching: CLIP ViT-B/32 step of 32 pairs, float32", ""]
     lines += ["| micro-batches | median | extra time | temporary memory |", "|---|---|---|---|"]
@@ -201,29 +202,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="two turns of each form, no retakes")
     parser.add_argument("--rounds", type=int, default=None, help="turns of each form (default 7)")
     parser.add_argument("--retakes", type=int, default=4, help="of a turn that others disturbed (default 4)")
-    parser.add_argument("--large", action="store_true", help=f"also run {LARGEST:,} pairs")
+    parser.add_argument(
+        "--only", nargs="+", choices=PARTS, default=PARTS, help="measure these, keep the rest"
+    )
     options = parser.parse_args(arguments)
     rounds = options.rounds or (2 if options.quick else 7)
     retakes = 0 if options.quick else options.retakes
     output = Path("output", "contrastive") if options.quick else HERE
     output.mkdir(parents=True, exist_ok=True)
 
-    about = machine("jax", "torch", "open_clip_torch")
-    results: dict[str, Any] = {"time": []}
-    for name in ("infonce", "sigmoid"):
-        print(name, flush=True)
-        results["time"].append(time_loss(name, rounds, retakes))
-    print("gradient caching", flush=True)
-    results["caching"] = caching(max(2, rounds // 2), retakes)
-    print("memory", flush=True)
-    results["memory"] = memory([2**n for n in range(10, 18)])
-    if options.large:
-        print(f"{LARGEST:,} pairs", flush=True)
-        results["large"] = run_large()
-    text = report(results, about, rounds)
-    (output / "CONTRASTIVE.md").write_text(text)
-    (output / "contrastive.json").write_text(json.dumps({"machine": about, **results}, indent=1) + "\n")
-    print(text)
+    kept = output / "contrastive.json"
+    results: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
+    environment = ENVIRONMENT if "time" in options.only else results["machine"].get("environment", {})
+    results["machine"] = {**machine("jax", "torch", "open_clip_torch"), "environment": environment}
+    measure: dict[str, Callable[[], Any]] = {
+        "time": lambda: [time_loss(name, rounds, retakes) for name in ("infonce", "sigmoid")],
+        "caching": lambda: caching(max(2, rounds // 2), retakes),
+        "memory": lambda: memory([2**n for n in range(10, 18)]),
+        "large": run_large,
+    }
+    for part in options.only:
+        print(part, flush=True)
+        results[part] = measure[part]()
+        kept.write_text(json.dumps(results, indent=1) + "\n")
+    if all(part in results for part in PARTS):
+        text = report(results)
+        (output / "CONTRASTIVE.md").write_text(text)
+        print(text)
 
 
 if __name__ == "__main__":

@@ -209,8 +209,9 @@ def machine(*packages: str) -> dict[str, Any]:
 def describe(about: dict[str, Any], rounds: int) -> str:
     """One line under a table's title."""
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    return (
+    line = (
         f"{about['processor']}, {about['cores']} cores, {' '.join(about['instructions'])}; "
-        f"Python {about['python']}, {versions}. Medians of {rounds} turns each. Every process runs with "
-        f"{' '.join(f'{name}={value}' for name, value in ENVIRONMENT.items())}."
+        f"Python {about['python']}, {versions}. Medians of {rounds} turns each."
     )
+    environment = " ".join(f"{name}={value}" for name, value in about.get("environment", {}).items())
+    return f"{line} Every process ran with {environment}." if environment else line

@@ -36,6 +36,17 @@ def test_blocks_equal_dense(block_size, grouped, scale):
     check(sigmoid, dense_sigmoid, arguments, TOLERANCE[scale], groups=groups, block_size=block_size)
 
 
+@pytest.mark.parametrize("scale", TOLERANCE)
+def test_rematerialised_equals_dense(scale):
+    image, text = embeddings(48)
+    for loss, dense, rest in ((infonce, dense_infonce, ()), (sigmoid, dense_sigmoid, (np.float32(-10),))):
+
+        def again(*args, groups, loss=loss):
+            return jax.checkpoint(lambda *a: loss(*a, groups=groups, block_size=16))(*args)
+
+        check(again, dense, (image, text, np.float32(scale), *rest), TOLERANCE[scale])
+
+
 MESHES = {
     "auto": lambda: jax.make_mesh((8, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2),
     "auto two axes": lambda: jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2),
