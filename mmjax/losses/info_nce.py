@@ -187,7 +187,7 @@ def _infonce_backward(plan: Plan, saved: Any, cotangent: Array) -> Any:
         return _infonce_gradient(image, text, groups, statistics, scale, share, plan, axis)
 
     sharded = (image, text, groups, statistics)
-    return *once_only(plan.run(local, sharded, (scale, cotangent), (True, True, False))), None
+    return *once_only("infonce", plan.run(local, sharded, (scale, cotangent), (True, True, False))), None
 
 
 _infonce.defvjp(_infonce_forward, _infonce_backward)

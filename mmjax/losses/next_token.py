@@ -20,6 +20,7 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
 from mmjax.errors import ConfigError
+from mmjax.losses.pairs import once_only
 from mmjax.nn.functional import accumulator
 
 Array = jax.Array
@@ -348,21 +349,7 @@ def _backward(blocks: _Blocks, saved: Any, cotangent: Array) -> Any:
 
     rows = (hidden, targets, rest, picked, cotangent)
     out = (True, False, None if bias is None else False)
-    return *_once_only(blocks.run(local, rows, (kernel, bias), out)), None
-
-
-@jax.custom_jvp
-def _once_only(grads: Any) -> Any:
-    """Passes gradients on, and refuses to be differentiated."""
-    return grads
-
-
-@_once_only.defjvp
-def _refuse(primals: Any, tangents: Any) -> Any:
-    raise NotImplementedError(
-        "next_token has first derivatives only: its gradient is computed tile by tile and cannot be "
-        "differentiated again"
-    )
+    return *once_only("next_token", blocks.run(local, rows, (kernel, bias), out)), None
 
 
 _token_losses.defvjp(_forward, _backward)

@@ -102,15 +102,15 @@ def weighted(weights: Array, row: dict[str, Array], col: dict[str, Array]) -> tu
     )
 
 
-@functools.partial(jax.custom_jvp)
-def once_only(grads: Any) -> Any:
-    """Passes gradients on, and refuses to be differentiated."""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def once_only(losses: str, grads: Any) -> Any:
+    """Passes the gradients of "infonce" or another loss on, and refuses to be differentiated."""
     return grads
 
 
 @once_only.defjvp
-def _refuse(primals: Any, tangents: Any) -> Any:
+def _refuse(losses: str, primals: Any, tangents: Any) -> Any:
     raise NotImplementedError(
-        "contrastive losses have first derivatives only: their gradient is computed tile by tile "
-        "and cannot be differentiated again"
+        f"{losses}: first derivatives only, since the gradient is computed tile by tile and cannot be "
+        "differentiated again"
     )

@@ -147,7 +147,7 @@ def _sigmoid_forward(
 
 def _sigmoid_backward(plan: Plan, saved: Any, cotangent: Array) -> Any:
     grads, image, text = saved
-    to_image, to_text, to_scale, to_bias = (cotangent * gradient for gradient in once_only(grads))
+    to_image, to_text, to_scale, to_bias = (cotangent * gradient for gradient in once_only("sigmoid", grads))
     return to_image.astype(image.dtype), to_text.astype(text.dtype), to_scale, to_bias, None
 
 
