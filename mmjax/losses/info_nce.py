@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mmjax.losses.pairs import Plan, all_mean, all_sum, group_ids, make_plan, once_only, tile_dots, weighted
-from mmjax.losses.sweep import Axis, sweep, valid_pairs
+from mmjax.losses.rows import Axis
+from mmjax.losses.sweep import sweep, valid_pairs
 from mmjax.nn.functional import accumulator
 
 Array = jax.Array
@@ -172,7 +173,7 @@ def _infonce_forward(plan: Plan, image: Array, text: Array, scale: Array, groups
         return _infonce_value(image, text, groups, whole[0], plan, axis)
 
     out = (False, ((True,) * 3,) * 2)
-    loss, statistics = plan.run(local, (image, text, groups), (scale,), out)
+    loss, statistics = plan.rows.run(local, (image, text, groups), (scale,), out)
     return loss, (image, text, scale, groups, statistics)
 
 
@@ -187,7 +188,7 @@ def _infonce_backward(plan: Plan, saved: Any, cotangent: Array) -> Any:
         return _infonce_gradient(image, text, groups, statistics, scale, share, plan, axis)
 
     sharded = (image, text, groups, statistics)
-    return *once_only("infonce", plan.run(local, sharded, (scale, cotangent), (True, True, False))), None
+    return *once_only("infonce", plan.rows.run(local, sharded, (scale, cotangent), (True, True, False))), None
 
 
 _infonce.defvjp(_infonce_forward, _infonce_backward)

@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from mmjax.errors import ConfigError
 from mmjax.losses.pairs import once_only
+from mmjax.losses.rows import Axis, Rows
 from mmjax.nn.functional import accumulator
 
 Array = jax.Array
-Axis = str | tuple[str, ...]
 IGNORED = -100
 # A tile of float32 logits then takes at most 64 MiB.
 TOKENS_PER_BLOCK = 2048
@@ -140,28 +139,12 @@ def _shift(x: Array, last: Any) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class _Blocks:
-    """What is static: tile sizes, the soft cap, and the mesh axes that rows are sharded over."""
+    """What is static: tile sizes, the soft cap, and where the rows lie."""
 
     positions: int
     entries: int
     softcap: float | None
-    mesh: Mesh | None
-    axis: tuple[str, ...] | None
-
-    def run(self, function: Callable[..., Any], rows: Any, whole: Any, out: Any) -> Any:
-        """function(rows, whole, axis) on every device's rows; `out` says True for results by row."""
-        if self.mesh is None:
-            return function(rows, whole, None)
-        split, same = PartitionSpec(self.axis), PartitionSpec()
-        return jax.shard_map(
-            lambda rows, whole: function(rows, whole, self.axis),
-            mesh=self.mesh,
-            in_specs=(split, same),
-            out_specs=jax.tree.map(lambda by_row: split if by_row else same, out),
-            # The other axes, such as the one that splits the vocabulary, stay with the compiler.
-            axis_names=set(self.axis or ()),
-            check_vma=False,
-        )(rows, whole)
+    rows: Rows
 
 
 def _blocks(
@@ -173,27 +156,19 @@ def _blocks(
     mesh: Mesh | None,
     axis: Axis,
 ) -> _Blocks:
-    axes = (axis,) if isinstance(axis, str) else tuple(axis)
     for name, value in (("sequence_block", sequence_block), ("vocabulary_block", vocabulary_block)):
         if value is not None and value < 1:
             raise ConfigError(f"{name}: expected a positive integer, got {value}")
     if softcap is not None and not softcap > 0:
         raise ConfigError(f"softcap: expected a number above 0, got {softcap}")
-    rows, devices = hidden.shape[0], 1
-    sizes = {} if mesh is None else dict(mesh.shape)
-    for name in () if mesh is None else axes:
-        if name not in sizes:
-            raise ConfigError(f"axis: the mesh has no axis {name!r}; it has {', '.join(sizes)}")
-        devices *= sizes[name]
-    if rows % devices:
-        raise ConfigError(f"hidden: {rows} rows cannot be split evenly over the {devices} devices of {axes}")
+    rows = Rows.over(mesh, axis, hidden.shape[0], "hidden")
     if sequence_block is None:
-        sequence_block = max(1, TOKENS_PER_BLOCK // max(1, rows // devices))
+        sequence_block = max(1, TOKENS_PER_BLOCK // max(1, hidden.shape[0] // rows.devices))
     entries = min(kernel.shape[1], vocabulary_block or VOCABULARY_PER_BLOCK)
     # Blocks of one size with as little padding as their number allows.
     number = max(1, -(-hidden.shape[1] // sequence_block))
     positions = max(1, -(-hidden.shape[1] // number))
-    return _Blocks(positions, entries, softcap, mesh, None if mesh is None else axes)
+    return _Blocks(positions, entries, softcap, rows)
 
 
 class _Tiles:
@@ -331,7 +306,7 @@ def _forward(blocks: _Blocks, hidden: Array, kernel: Array, bias: Array | None, 
         rest, picked = _statistics(_Tiles(blocks, hidden, kernel, bias, targets))
         return rest[:, : hidden.shape[1]], picked[:, : hidden.shape[1]]
 
-    rest, picked = blocks.run(local, (hidden, targets), (kernel, bias), (True, True))
+    rest, picked = blocks.rows.run(local, (hidden, targets), (kernel, bias), (True, True))
     outside = (targets != IGNORED) & ((targets < 0) | (targets >= kernel.shape[1]))
     losses = jnp.where(outside, jnp.nan, jnp.where(targets == IGNORED, 0, jax.nn.softplus(rest - picked)))
     return losses, (hidden, kernel, bias, targets, rest, picked)
@@ -349,7 +324,7 @@ def _backward(blocks: _Blocks, saved: Any, cotangent: Array) -> Any:
 
     rows = (hidden, targets, rest, picked, cotangent)
     out = (True, False, None if bias is None else False)
-    return *once_only("next_token", blocks.run(local, rows, (kernel, bias), out)), None
+    return *once_only("next_token", blocks.rows.run(local, rows, (kernel, bias), out)), None
 
 
 _token_losses.defvjp(_forward, _backward)

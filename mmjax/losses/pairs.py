@@ -13,10 +13,10 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from mmjax.errors import ConfigError
-from mmjax.losses.sweep import Axis
+from mmjax.losses.rows import Axis, Rows
 from mmjax.nn.functional import accumulator
 
 Array = jax.Array
@@ -25,24 +25,10 @@ BLOCK_SIZE = 512
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is static: tile size, and the mesh axes that both sides are sharded over."""
+    """What is static: tile size, and where both sides' rows lie."""
 
     block_size: int
-    mesh: Mesh | None
-    axis: Axis | None
-
-    def run(self, function: Any, sharded: tuple[Any, ...], whole: tuple[Any, ...], out: Any) -> Any:
-        """function(sharded, whole, axis) on every device's rows; `out` says True for sharded results."""
-        if self.mesh is None:
-            return function(sharded, whole, None)
-        split, same = PartitionSpec(self.axis), PartitionSpec()
-        return jax.shard_map(
-            lambda sharded, whole: function(sharded, whole, self.axis),
-            mesh=self.mesh,
-            in_specs=(split, same),
-            out_specs=jax.tree.map(lambda is_sharded: split if is_sharded else same, out),
-            check_vma=False,
-        )(sharded, whole)
+    rows: Rows
 
 
 def make_plan(
@@ -50,24 +36,10 @@ def make_plan(
 ) -> Plan:
     chex.assert_rank([image_embeds, text_embeds], 2)
     chex.assert_equal_shape([image_embeds, text_embeds])
-    count = image_embeds.shape[0]
     block_size = BLOCK_SIZE if block_size is None else block_size
     if block_size < 1:
         raise ConfigError(f"block_size: expected a positive integer, got {block_size}")
-    if mesh is None:
-        return Plan(block_size, None, None)
-    axes = (axis,) if isinstance(axis, str) else tuple(axis)
-    missing = [name for name in axes if name not in mesh.shape]
-    if missing:
-        raise ConfigError(f"axis: the mesh has no axis {missing[0]!r}; it has {', '.join(mesh.shape)}")
-    devices = 1
-    for name in axes:
-        devices *= mesh.shape[name]
-    if count % devices:
-        raise ConfigError(
-            f"image_embeds: {count} rows cannot be split evenly over the {devices} devices of {axes}"
-        )
-    return Plan(block_size, mesh, axes)
+    return Plan(block_size, Rows.over(mesh, axis, image_embeds.shape[0], "image_embeds"))
 
 
 def all_sum(x: Array, axis: Axis | None) -> Array:

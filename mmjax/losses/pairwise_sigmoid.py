@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mmjax.losses.pairs import Plan, all_mean, all_sum, group_ids, make_plan, once_only, tile_dots, weighted
-from mmjax.losses.sweep import Axis, sweep, valid_pairs
+from mmjax.losses.rows import Axis
+from mmjax.losses.sweep import sweep, valid_pairs
 from mmjax.nn.functional import accumulator
 
 Array = jax.Array
@@ -130,7 +131,7 @@ def _sigmoid(plan: Plan, image: Array, text: Array, scale: Array, bias: Array, g
         (image, text, groups), (scale, bias) = sharded, whole
         return _sigmoid_value(image, text, groups, scale, bias, plan, axis)
 
-    return plan.run(local, (image, text, groups), (scale, bias), False)
+    return plan.rows.run(local, (image, text, groups), (scale, bias), False)
 
 
 def _sigmoid_forward(
@@ -141,7 +142,7 @@ def _sigmoid_forward(
         return _sigmoid_gradient(image, text, groups, scale, bias, plan, axis)
 
     out = (False, True, True, False, False)
-    loss, *grads = plan.run(local, (image, text, groups), (scale, bias), out)
+    loss, *grads = plan.rows.run(local, (image, text, groups), (scale, bias), out)
     return loss, (grads, jnp.zeros((), image.dtype), jnp.zeros((), text.dtype))
 
 

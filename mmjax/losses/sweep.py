@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mmjax.losses.rows import Axis
+
 Array = jax.Array
-Axis = str | tuple[str, ...]
 # (rows, their accumulators, columns, their accumulators) -> new accumulators of both.
 Tile = Callable[[Any, Any, Any, Any], tuple[Any, Any]]
 
