@@ -11,8 +11,7 @@ import numpy as np
 
 from mmjax.data.faults import FaultTally
 from mmjax.data.order import permuted
-from mmjax.data.pipeline import Batch, BatchIterator
-from mmjax.errors import ConfigError
+from mmjax.data.pipeline import Batch, BatchIterator, check_processes
 
 IGNORED = -100
 Piece = tuple[int, int, int]  # document, first token, one past the last
@@ -108,13 +107,7 @@ class PackedBatches:
     identity: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.process_count < 1 or self.batch_size % self.process_count:
-            raise ConfigError(
-                f"batch_size={self.batch_size} counts the rows of all processes together: "
-                f"it has to be a positive multiple of process_count={self.process_count}"
-            )
-        if not 0 <= self.process_index < self.process_count:
-            raise ConfigError(f"process_index={self.process_index} has to be in 0..{self.process_count - 1}")
+        check_processes(self.batch_size, self.process_index, self.process_count)
 
     @property
     def samples(self) -> int:

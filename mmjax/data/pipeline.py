@@ -58,13 +58,7 @@ class Batches:
     identity: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.process_count < 1 or self.batch_size % self.process_count:
-            raise ConfigError(
-                f"batch_size={self.batch_size} counts the rows of all processes together: "
-                f"it has to be a positive multiple of process_count={self.process_count}"
-            )
-        if not 0 <= self.process_index < self.process_count:
-            raise ConfigError(f"process_index={self.process_index} has to be in 0..{self.process_count - 1}")
+        check_processes(self.batch_size, self.process_index, self.process_count)
 
     @property
     def samples(self) -> int:
@@ -230,6 +224,28 @@ class BatchIterator(Iterator[Batch]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def check_processes(batch_size: int, process_index: int, process_count: int) -> None:
+    """Refuse a batch that the processes cannot share out evenly.
+
+    Args:
+        batch_size: rows of all processes together.
+        process_index: which process this is, from 0.
+        process_count: number of processes.
+
+    Raises:
+        ConfigError: the numbers do not fit each other.
+
+    >>> check_processes(8, 1, 2)
+    """
+    if batch_size < 1 or process_count < 1 or batch_size % process_count:
+        raise ConfigError(
+            f"batch_size={batch_size} counts the rows of all processes together: "
+            f"it has to be a positive multiple of process_count={process_count}"
+        )
+    if not 0 <= process_index < process_count:
+        raise ConfigError(f"process_index={process_index} has to be in 0..{process_count - 1}")
 
 
 def tokenize(tokenizer: Any, texts: list[str], max_length: int | None) -> Batch:
