@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from mmjax.lazy import attach
 
 if TYPE_CHECKING:
+    from mmjax.language.chat_formats import CHAT_FORMATS, chat_format
     from mmjax.language.config import DecoderConfig, ExpertsConfig, TextConfig
     from mmjax.language.decoder import Decoder, DecoderOutput
     from mmjax.language.learned import train_bpe_tokenizer
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from mmjax.language.tokenizer import Tokenizer, train_clip_tokenizer
 
 _HOMES = {
+    "chat_formats": ("CHAT_FORMATS", "chat_format"),
     "config": ("DecoderConfig", "ExpertsConfig", "TextConfig"),
     "decoder": ("Decoder", "DecoderOutput"),
     "learned": ("train_bpe_tokenizer",),
@@ -21,6 +23,7 @@ _HOMES = {
 __getattr__, __dir__ = attach(__name__, _HOMES)
 
 __all__ = [
+    "CHAT_FORMATS",
     "Decoder",
     "DecoderConfig",
     "DecoderOutput",
@@ -29,6 +32,7 @@ __all__ = [
     "TextOutput",
     "TextTransformer",
     "Tokenizer",
+    "chat_format",
     "train_bpe_tokenizer",
     "train_clip_tokenizer",
 ]

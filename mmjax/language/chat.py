@@ -138,6 +138,8 @@ def answer_spans(
 ) -> list[tuple[int, int]]:
     """Where in `render_chat`'s text the assistant's messages stand, each with the token that ends it.
 
+    A template with generation tags says itself what counts: just what stands in them.
+
     Args:
         template, messages, options: as `render_chat` takes them.
         ends: special tokens; one that follows a message, be it after white space, belongs to it.
@@ -154,8 +156,13 @@ def answer_spans(
     [(12, 19)]
     """
     chat = _checked(messages)
-    framed = [_framed(message) if message["role"] == "assistant" else message for message in chat]
-    text = render_chat(template, framed, **options)
+    answers = sum(message["role"] == "assistant" for message in chat)
+    marked = template.marks_answers()
+    if marked:
+        text = render_chat(template, chat, answer_marks=(_BEGIN, _END), **options)
+    else:
+        framed = [_framed(message) if message["role"] == "assistant" else message for message in chat]
+        text = render_chat(template, framed, **options)
     spans, plain, begin = [], "", 0
     for part in re.split(f"([{_BEGIN}{_END}])", text):
         if part == _BEGIN:
@@ -164,15 +171,17 @@ def answer_spans(
             spans.append((begin, len(plain)))
         else:
             plain += part
-    answers = sum(message["role"] == "assistant" for message in chat)
-    if plain != render_chat(template, messages, **options) or len(spans) != answers:
+    complete = len(spans) >= answers if marked else len(spans) == answers
+    if plain != render_chat(template, messages, **options) or not complete:
         raise DataError(
             f"{template.where}: the template changes what the assistant said, so answers cannot be found"
         )
-    closing = re.compile(r"\s*(?:" + "|".join(re.escape(end) for end in ends) + ")") if ends else None
+    if marked or not ends:
+        return spans
+    closing = re.compile(r"\s*(?:" + "|".join(re.escape(end) for end in ends) + ")")
     found = []
     for begin, end in spans:
-        match = closing.match(plain, end) if closing else None
+        match = closing.match(plain, end)
         found.append((begin, match.end() if match else end))
     return found
 

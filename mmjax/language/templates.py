@@ -22,7 +22,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Namespace
+from jinja2.utils import Namespace, pass_context
 
 from mmjax.errors import CheckpointError, DataError
 
@@ -35,6 +35,7 @@ _MAX_BITS = 4096
 _LONG_WIDTH = re.compile(r"\d{5,}|\*")
 # Names with a space cannot be written in a template: these are only reached through `_instrument`.
 _EACH, _MADE, _JOINED = "each item", "made value", "joined text"
+_ANSWER_BEGINS, _ANSWER_ENDS = "answer begins", "answer ends"
 
 
 class OverBudget(Exception):
@@ -80,14 +81,18 @@ class _Budget:
 
 
 class _Generation(Extension):
-    """The tag that marks what a model wrote: `{% generation %}`; here its body as it is."""
+    """The tag round what a model wrote, `{% generation %}`: its body, between marks that are asked for."""
 
     tags = {"generation"}
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.Scope(body).set_lineno(line)
+        begin, end = (
+            nodes.Output([nodes.Filter(nodes.Const(""), name, [], [], None, None)])
+            for name in (_ANSWER_BEGINS, _ANSWER_ENDS)
+        )
+        return nodes.Scope([begin, *body, end]).set_lineno(line, override=True)
 
 
 class _SafeNamespace(Namespace):
@@ -126,6 +131,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         self.filters["tojson"] = self._guard("tojson", _to_json)
         self.filters[_EACH] = self._each
         self.filters[_MADE] = lambda value: self.budget.made(value)
+        # With the context they are run where they stand, and not once when the template is read.
+        self.filters[_ANSWER_BEGINS] = pass_context(lambda context, value: self.answer_marks[0])
+        self.filters[_ANSWER_ENDS] = pass_context(lambda context, value: self.answer_marks[1])
         self.filters[_JOINED] = lambda parts: self.budget.made("".join(map(str, self.budget.made(parts))))
         self.globals.pop("lipsum", None)
         self.globals.update(
@@ -192,6 +200,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     # Characters of plain text in the template, that a macro may write.
     text_size: int = 0
+    # What is written round the body of a generation tag.
+    answer_marks: tuple[str, str] = ("", "")
 
 
 def _raise(message: Any) -> None:
@@ -292,19 +302,20 @@ class ChatTemplate:
             raise CheckpointError(f"{self.where}: {len(self.source)} characters; the limit is {MAX_TEMPLATE}")
         _compiled(self)
 
-    def render(self, **variables: Any) -> str:
+    def render(self, *, answer_marks: tuple[str, str] = ("", ""), **variables: Any) -> str:
         """The template's text for some variables: `messages`, `add_generation_prompt`, special tokens, ...
 
         Args:
+            answer_marks: written before and after what stands in a generation tag.
             variables: made of texts, numbers, lists and mappings; anything else is shown to the template as a
                 placeholder that names its type.
 
         Raises:
             DataError: the template refuses the messages, fails, or does more than its budget allows.
         """
-        code, size, _ = _compiled(self)
+        code, size, _, _ = _compiled(self)
         sandbox = _Sandbox()
-        sandbox.text_size = size
+        sandbox.text_size, sandbox.answer_marks = size, answer_marks
         template = Template.from_code(sandbox, code, dict(sandbox.globals))
         given = {name: plain_data(value) for name, value in variables.items()}
         text: list[str] = []
@@ -328,17 +339,22 @@ class ChatTemplate:
         """All texts that the template itself can write, apart by NUL."""
         return _compiled(self)[2]
 
+    def marks_answers(self) -> bool:
+        """Whether the template says by generation tags what the assistant wrote."""
+        return _compiled(self)[3]
+
 
 @functools.lru_cache(maxsize=32)
-def _compiled(template: ChatTemplate) -> tuple[Any, int, str]:
-    """Code, characters of plain text, and the literal texts of a template."""
+def _compiled(template: ChatTemplate) -> tuple[Any, int, str, bool]:
+    """Code, characters of plain text and the literal texts of a template, and whether it marks answers."""
     sandbox = _Sandbox()
     try:
         tree = sandbox.parse(template.source)
         texts = [data.data for data in tree.find_all(nodes.TemplateData)]
         texts += [const.value for const in tree.find_all(nodes.Const) if isinstance(const.value, str)]
+        marks = any(node.name == _ANSWER_BEGINS for node in tree.find_all(nodes.Filter))
         size = _instrument(tree)
-        return sandbox.compile(tree, template.where), size, "\0".join(texts)
+        return sandbox.compile(tree, template.where), size, "\0".join(texts), marks
     except TemplateSyntaxError as error:
         place, reason = f"{template.where}, line {error.lineno}", _one_line(error.message)
         raise CheckpointError(f"{place}: not a template that can be read ({reason})") from None

@@ -10,11 +10,12 @@ import pytest
 import tokenizers
 
 from mmjax.errors import CheckpointError, ConfigError, DataError
+from mmjax.language.chat_formats import CHAT_FORMATS, chat_format
 from mmjax.language.learned import train_bpe_tokenizer
 from mmjax.language.templates import ChatTemplate
 from mmjax.language.tokenizer import Tokenizer
 from mmjax.models.processor import Processor
-from tests.language.chats import ANSWER, ASK, CONVERSATIONS, SEE, SPECIAL, TEMPLATES, THANK, tokenizer
+from tests.language.chats import ANSWER, ASK, CONVERSATIONS, SAID, SEE, SPECIAL, TEMPLATES, THANK, tokenizer
 
 CHATML = "<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\n  What is 2 + 2?\n<|im_end|>\n"
 
@@ -307,3 +308,49 @@ def test_learned_vocabularies():
     assert len(first("the")["input_ids"][0]) == 2
     with pytest.raises(ConfigError, match="vocab_size: .*257"):
         train_bpe_tokenizer(texts, 256)
+
+
+FORMS = {
+    "vicuna": ("USER: <image>\nWhat is this? ASSISTANT: ", "</s>", "USER: Sure? ASSISTANT: "),
+    "llama-2": ("<image>\nWhat is this? [/INST] ", " </s>", "<s>[INST] Sure? [/INST] "),
+    "mistral": ("<s>[INST] <image>\nWhat is this? [/INST] ", "</s>", "[INST] Sure? [/INST] "),
+    "chatml": (
+        "<|im_start|>user\n<image>\nWhat is this?<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_end|>",
+        "\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n",
+    ),
+    "plain": ("<s><image>", "\n", ""),
+}
+
+
+@pytest.mark.parametrize("name", CHAT_FORMATS)
+def test_published_forms_learn_what_the_assistant_says_and_its_end(name):
+    first, end, between = FORMS[name]
+    made = tokenizer("images").with_chat_template(chat_format(name))
+    chat = [SEE, SAID, {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes, very"}]
+    text = made.apply_chat_template(chat, tokenize=False)
+    assert text.startswith("<s>") and text.count("<image>") == 1
+    assert text.rstrip("\n").endswith(f"{first}A cat.{end}{between}Yes, very{end}".rstrip("\n"))
+    batch = made.apply_chat_template(chat, return_assistant_tokens_mask=True)
+    ids, learned = batch["input_ids"][0], batch["assistant_masks"][0] != 0
+    assert made.decode(ids) == text and ids.tolist().count(made.token_to_id("<image>")) == 1
+    runs = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(learned)) + 1)
+    said = [made.decode(ids[run]) for run in runs if learned[run[0]]]
+    expected = [f"A cat.{end}", f"Yes, very{end}"]
+    assert [text.lstrip(" ") for text in said] == (expected if between else ["".join(expected)])
+    # A prompt is how the text of a longer conversation begins.
+    prompt = made.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
+    assert text.startswith(prompt)
+
+
+def test_images_stand_where_they_are_said():
+    image, words = {"type": "image"}, lambda text: {"type": "text", "text": text}
+    made = tokenizer("images").with_chat_template(chat_format("mistral"))
+    for content, text in (
+        ([image, image, words("Same?")], "<image>\n<image>\nSame?"),
+        ([words("Is "), image, words(" like "), image, words("?")], "Is <image> like <image>?"),
+    ):
+        chat = [{"role": "user", "content": content}]
+        assert made.apply_chat_template(chat, tokenize=False) == f"<s>[INST] {text} [/INST]"
+    with pytest.raises(ConfigError, match="'alpaca' is not known: choose one of vicuna, llama-2"):
+        chat_format("alpaca")

@@ -10,8 +10,18 @@ import pytest
 pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from mmjax.language.chat_formats import CHAT_FORMATS, chat_format  # noqa: E402
 from mmjax.language.tokenizer import Tokenizer  # noqa: E402
-from tests.language.chats import ANSWER, ASK, CONVERSATIONS, TEMPLATES, tokenizer  # noqa: E402
+from tests.language.chats import (  # noqa: E402
+    ANSWER,
+    ASK,
+    CONVERSATIONS,
+    SAID,
+    SEE,
+    SYSTEM,
+    TEMPLATES,
+    tokenizer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +78,17 @@ def test_named_templates_go_both_ways(folders, tmp_path):
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "ours").chat_template == theirs.chat_template
     shutil.rmtree(tmp_path / "theirs" / "additional_chat_templates")
     assert Tokenizer.from_folder(tmp_path / "theirs").chat_template == TEMPLATES["chatml"]
+
+
+@pytest.mark.parametrize("name", CHAT_FORMATS)
+def test_published_forms_and_their_answers_are_those_of_transformers(name, tmp_path):
+    tokenizer("images").with_chat_template(chat_format(name)).save(tmp_path)
+    reference, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), Tokenizer.from_folder(tmp_path)
+    for chat in ([SEE, SAID, ASK, ANSWER], [SYSTEM, SEE, ANSWER]):
+        text = reference.apply_chat_template(chat, tokenize=False)
+        assert ours.apply_chat_template(chat, tokenize=False) == text
+        options = {"return_assistant_tokens_mask": True}
+        theirs = reference.apply_chat_template(chat, return_dict=True, **options)
+        mine = ours.apply_chat_template(chat, **options)
+        assert mine["input_ids"].tolist() == [theirs["input_ids"]]
+        assert mine["assistant_masks"].tolist() == [theirs["assistant_masks"]]
