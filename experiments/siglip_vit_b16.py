@@ -110,26 +110,16 @@ class ProcessorFromFolder:
 
 def evaluate(outcome: Outcome) -> Mapping[str, Any]:
     """Retrieval among the pairs of the test shards, if there are any: R@1, R@5, R@10, both directions."""
-    from mmjax.evaluation import embed_examples, embed_texts, retrieval_metrics
+    from mmjax.evaluation import evaluate_retrieval
 
-    if outcome.data.test_shards is None:
+    data = outcome.data
+    if data.test_shards is None:
         return {}
-    examples = outcome.data.examples("test")
-    share = outcome.data.max_fault_share
-    images, reading = embed_examples(
-        outcome.model, outcome.params, outcome.processor.image_processor, examples, max_broken=share
+    return evaluate_retrieval(
+        outcome.model,
+        outcome.params,
+        outcome.processor,
+        data.examples("test"),
+        max_length=data.max_length,
+        max_broken=data.max_fault_share,
     )
-    captions, image_groups, caption_groups = reading.caption_groups()
-    rows = 32
-    ids = [
-        outcome.processor.tokenizer(
-            captions[start : start + rows],
-            padding="max_length",
-            truncation=True,
-            max_length=outcome.data.max_length,
-        )
-        for start in range(0, len(captions), rows)
-    ]
-    texts = embed_texts(outcome.model, outcome.params, ids)
-    found = retrieval_metrics(images, texts, image_groups, caption_groups)
-    return {"test_images": len(images), "test_captions": len(captions), **found.to_dict()}

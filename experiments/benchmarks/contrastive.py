@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from contrastive_workers import clip_step, loss_in_jax, make_embeddings, temporary_bytes
-from turns import ENVIRONMENT, HERE, Runner, describe, machine, peak_bytes, ratio, take_turns
+from turns import HERE, MEMORY, Runner, describe, machine, peak_bytes, ratio, take_turns
 
 WORKER = "contrastive_workers.py"
 COUNT, WIDTH, PRODUCT = 8192, 512, 4096
@@ -213,8 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     kept = output / "contrastive.json"
     results: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
-    environment = ENVIRONMENT if "time" in options.only else results["machine"].get("environment", {})
-    results["machine"] = {**machine("jax", "torch", "open_clip_torch"), "environment": environment}
+    results["machine"] = {**machine("jax", "torch", "open_clip_torch"), "memory": MEMORY}
     measure: dict[str, Callable[[], Any]] = {
         "time": lambda: [time_loss(name, rounds, retakes) for name in ("infonce", "sigmoid")],
         "caching": lambda: caching(max(2, rounds // 2), retakes),

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from turns import Program, serve
+from turns import JAX, Program, serve
 
 SCALE, BIAS = 100.0, -10.0
 
@@ -198,6 +198,10 @@ def clip_step(size: int, accumulate: int, *, shapes_only: bool = False) -> tuple
 def main() -> None:
     """Build what the command line names and serve it."""
     library, form, case = sys.argv[1:4]
+    if library in JAX:
+        from mmjax.parallel import keep_freed_memory
+
+        keep_freed_memory()
     if case.startswith("matmul"):
         serve(lambda: matmul(case, form))
     elif case.startswith("step"):

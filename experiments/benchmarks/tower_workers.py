@@ -121,7 +121,9 @@ def with_mmjax(case: Case, form: str, folder: Path) -> Program:
 
     import mmjax
     from mmjax.nn import Execution
+    from mmjax.parallel import keep_freed_memory
 
+    keep_freed_memory()
     stored = "bfloat16" if "weights" in form else "float32"
     model, params, _ = mmjax.load(folder, dtype=stored, execution=Execution(dtype=case.dtype))
     inputs = jax.device_put(make_inputs(case))

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tower_workers import Case
-from turns import ENVIRONMENT, HERE, Runner, describe, machine, ratio, take_turns
+from turns import HERE, MEMORY, Runner, describe, machine, ratio, take_turns
 
 CASES = [
     Case("vit", 8, "float32"),
@@ -167,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(case.name, flush=True)
             results.append(summary(case, measure(case, Path(folder), rounds, options.retakes)))
             print(f"  ratio {results[-1]['ratio']:.2f}", flush=True)
-    about = {**machine("jax", "flax", "torch", "transformers"), "environment": ENVIRONMENT}
+    about = {**machine("jax", "flax", "torch", "transformers"), "memory": MEMORY}
     text = table(results, about, rounds)
     (output / "RESULTS.md").write_text(text)
     (output / "results.json").write_text(json.dumps({"machine": about, "results": results}, indent=1) + "\n")

@@ -134,11 +134,7 @@ def save_params(
             written.append((path, list(shard)))
             path.touch()
             mode = path.stat().st_mode
-            path.touch()
-            mode = path.stat().st_mode
             save_file(shard, path, metadata={"format": "pt"})
-            # safetensors makes files that nobody else may read, whatever the user's umask says.
-            path.chmod(mode)
             # safetensors makes files that only their owner reads, whatever the umask says.
             path.chmod(mode)
             total += sum(array.nbytes for array in shard.values())

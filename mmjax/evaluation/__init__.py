@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from mmjax.evaluation.embed import embed_images, embed_texts
     from mmjax.evaluation.linear_probe import LinearProbe, fit_linear_probe
     from mmjax.evaluation.metrics import accuracy, confusion_matrix, label_ranks, top_k_accuracy
-    from mmjax.evaluation.reading import Reading, embed_examples
+    from mmjax.evaluation.reading import Reading, embed_examples, evaluate_retrieval
     from mmjax.evaluation.retrieval import RetrievalMetrics, retrieval_metrics
     from mmjax.evaluation.zero_shot import (
         TEMPLATES,
@@ -25,7 +25,7 @@ _HOMES = {
     "embed": ("embed_images", "embed_texts"),
     "linear_probe": ("LinearProbe", "fit_linear_probe"),
     "metrics": ("accuracy", "confusion_matrix", "label_ranks", "top_k_accuracy"),
-    "reading": ("Reading", "embed_examples"),
+    "reading": ("Reading", "embed_examples", "evaluate_retrieval"),
     "retrieval": ("RetrievalMetrics", "retrieval_metrics"),
     "zero_shot": (
         "TEMPLATES",
@@ -51,6 +51,7 @@ __all__ = [
     "embed_examples",
     "embed_images",
     "embed_texts",
+    "evaluate_retrieval",
     "fit_linear_probe",
     "label_ranks",
     "retrieval_metrics",

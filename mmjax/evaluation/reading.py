@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from mmjax.data.faults import FaultTally, cause_of
 from mmjax.errors import DataError
-from mmjax.evaluation.embed import embed_images
+from mmjax.evaluation.embed import embed_images, embed_texts
+from mmjax.evaluation.retrieval import retrieval_metrics
 
 
 @dataclass
@@ -195,3 +196,47 @@ def embed_examples(
     size = max(1, min(batch_size, len(examples)))
     batches = pixel_batches(examples, image_processor, size, reading, max_broken=max_broken, advance=advance)
     return embed_images(model, params, batches, normalize=normalize), reading
+
+
+def evaluate_retrieval(
+    model: Any,
+    params: Any,
+    processor: Any,
+    examples: Sequence[Any],
+    *,
+    max_length: int | None = None,
+    batch_size: int = 32,
+    max_broken: float = 0.0,
+) -> dict[str, Any]:
+    """Retrieval between the images of a split and their captions, in both directions.
+
+    Args:
+        model: of images and texts, with `encode_image` and `encode_text`.
+        params: its parameters.
+        processor: with an image processor and a tokenizer.
+        examples: N samples with captions, see `pixel_batches`.
+        max_length: tokens per caption; None: as the tokenizer has it.
+        batch_size: images, and captions, per step.
+        max_broken: largest share of broken samples to leave out.
+
+    Returns:
+        "test_images" and "test_captions", how many there were, and what `RetrievalMetrics.to_dict` gives.
+
+    Raises:
+        DataError: see `embed_examples`, `Reading.caption_groups` and `embed_texts`.
+    """
+    images, reading = embed_examples(
+        model, params, processor.image_processor, examples, batch_size=batch_size, max_broken=max_broken
+    )
+    captions, image_groups, caption_groups = reading.caption_groups()
+    ids = (
+        processor.tokenizer(
+            captions[start : start + batch_size],
+            padding="max_length",
+            truncation=True,
+            max_length=max_length,
+        )
+        for start in range(0, len(captions), batch_size)
+    )
+    found = retrieval_metrics(images, embed_texts(model, params, ids), image_groups, caption_groups)
+    return {"test_images": len(images), "test_captions": len(captions), **found.to_dict()}

@@ -1,5 +1,6 @@
 """The device mesh and the one table of sharding rules."""
 
+from mmjax.parallel.memory import keep_freed_memory
 from mmjax.parallel.mesh import BATCH_AXES, MESH_AXES, auto_mesh, batch_sharding, make_mesh, replicated
 from mmjax.parallel.sharding import SHARDING_RULES, param_shardings, partition_spec
 from mmjax.parallel.specs import LogicalAxes, ParamSpec
@@ -12,6 +13,7 @@ __all__ = [
     "ParamSpec",
     "auto_mesh",
     "batch_sharding",
+    "keep_freed_memory",
     "make_mesh",
     "param_shardings",
     "partition_spec",

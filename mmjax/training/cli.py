@@ -223,8 +223,13 @@ def _train(command: Command, channel: Alone) -> None:
 
     with ending_together(channel):
         experiment = load_experiment(command.file, command.overrides, smoke=command.smoke)
+        import jax
+
+        from mmjax.parallel import keep_freed_memory
         from mmjax.training.loop import train
 
+        if jax.default_backend() == "cpu":
+            keep_freed_memory()
         train(
             experiment,
             workdir=command.workdir,
