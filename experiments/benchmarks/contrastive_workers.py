@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from turns import JAX, Program, serve
+from turns import Program, keeps_memory, serve
 
 SCALE, BIAS = 100.0, -10.0
 
@@ -49,7 +49,7 @@ def dense_sigmoid(image: Any, text: Any, scale: Any, bias: Any) -> Any:
 
 def loss_in_jax(name: str, form: str) -> Any:
     """A loss as a function of (image, text, scale) or (image, text, scale, bias)."""
-    if form == "dense":
+    if form.startswith("dense"):
         return {"infonce": dense_infonce, "sigmoid": dense_sigmoid}[name]
     from mmjax import losses
 
@@ -57,7 +57,7 @@ def loss_in_jax(name: str, form: str) -> Any:
 
 
 def with_jax(case: str, form: str) -> Program:
-    """Forms: "blocks" (mmjax) and "dense", jitted, value and all gradients."""
+    """Forms: "blocks" (mmjax), "dense" and "dense, memory kept"; jitted, value and all gradients."""
     import jax
 
     name, count, width = case.split("-")
@@ -198,7 +198,7 @@ def clip_step(size: int, accumulate: int, *, shapes_only: bool = False) -> tuple
 def main() -> None:
     """Build what the command line names and serve it."""
     library, form, case = sys.argv[1:4]
-    if library in JAX:
+    if keeps_memory(library, form):
         from mmjax.parallel import keep_freed_memory
 
         keep_freed_memory()

@@ -24,13 +24,17 @@ HERE = Path(__file__).resolve().parent
 QUIET = 0.05  # the most of the machine that others may use during a turn
 TURN_SECONDS = 1.5  # a turn lasts about this long
 # Each library's best form. A step's gigabytes come from the system anew each time, page by page. On Linux
-# JAX's processes keep them, as `mmjax train` does on CPU; the others run fastest with pages of 2 MiB (keeping
-# memory slows torch down).
-JAX = ("mmjax", "jax")
+# mmjax's processes keep them, as `mmjax train` does on CPU; the others get pages of 2 MiB, with which torch
+# runs fastest (keeping memory slows it down).
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-MEMORY = "JAX's processes keep freed memory as `mmjax train` does on CPU; all others ran with " + " ".join(
+MEMORY = "mmjax's processes keep freed memory as `mmjax train` does on CPU; all others ran with " + " ".join(
     f"{name}={value}" for name, value in HUGE_PAGES.items()
 )
+
+
+def keeps_memory(library: str, form: str) -> bool:
+    """Whether a process keeps the memory that its programs free."""
+    return library == "mmjax" or form.endswith("memory kept")
 
 
 @dataclasses.dataclass
@@ -120,7 +124,7 @@ class Runner:
         """Start a worker script of this folder and wait until it has compiled and run."""
         worker = [sys.executable, str(HERE / script), library, form, *arguments]
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        environment = {**os.environ, **({} if library in JAX else HUGE_PAGES)}
+        environment = {**os.environ, **({} if keeps_memory(library, form) else HUGE_PAGES)}
         process = subprocess.Popen(worker, env=environment, **pipes)
         runner = cls(library, form, process)
         runner.setup = runner._read()

@@ -17,7 +17,8 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
 _DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
-
+# A map that more than this was read from is made anew.
+_MAPPED_BYTES = 128 << 20
 
 # Published configs nest about five deep. Deeper ones parse, but exhaust the stack when they are written.
 _MAX_DEPTH = 64
@@ -103,6 +104,40 @@ def _indexed_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+class _MappedFile:
+    """One safetensors file, mapped anew now and then: pages that were read stay in memory until then."""
+
+    def __init__(self, path: Path, stack: ExitStack) -> None:
+        self.path = path
+        self._open()
+        stack.callback(self.close)
+
+    def _open(self) -> None:
+        self._taken = 0
+        try:
+            self.handle = safe_open(self.path, framework="np").__enter__()
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.path}: not a whole safetensors file ({error}); download it again"
+            ) from None
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, as stored."""
+        if self._taken > _MAPPED_BYTES:
+            self.close()
+            self._open()
+        try:
+            tensor = self.handle.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path}: tensor {name} cannot be read ({error})") from None
+        self._taken += tensor.nbytes
+        return tensor
+
+    def close(self) -> None:
+        """Take the map away."""
+        self.handle.__exit__(None, None, None)
+
+
 class TensorReader:
     """The tensors of a folder by name: shapes at once, values on request.
 
@@ -110,42 +145,33 @@ class TensorReader:
     """
 
     def __init__(self, files: list[Path], stack: ExitStack) -> None:
-        self._owner: dict[str, tuple[Path, Any]] = {}
+        self._owner: dict[str, _MappedFile] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         for path in files:
-            self._add(path, stack)
+            self._add(_MappedFile(path, stack))
 
-    def _add(self, path: Path, stack: ExitStack) -> None:
-        try:
-            handle = stack.enter_context(safe_open(path, framework="np"))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{path}: not a whole safetensors file ({error}); download it again"
-            ) from None
+    def _add(self, file: _MappedFile) -> None:
+        path, handle = file.path, file.handle
         for name in handle.keys():  # noqa: SIM118 (a safe_open is no mapping)
             if name in self._owner:
-                raise CheckpointError(f"{path}: tensor {name} is also in {self._owner[name][0].name}")
+                raise CheckpointError(f"{path}: tensor {name} is also in {self._owner[name].path.name}")
             part = handle.get_slice(name)
             if part.get_dtype() not in _DTYPES:
                 raise CheckpointError(
                     f"{path}: tensor {name} has dtype {part.get_dtype()}, which is not read"
                 )
-            self._owner[name] = (path, handle)
+            self._owner[name] = file
             self.shapes[name] = tuple(part.get_shape())
             self.dtypes[name] = part.get_dtype()
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, as stored."""
-        path, handle = self._owner[name]
-        try:
-            return handle.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path}: tensor {name} cannot be read ({error})") from None
+        return self._owner[name].read(name)
 
     def file_of(self, name: str) -> Path:
         """The file a tensor is in."""
-        return self._owner[name][0]
+        return self._owner[name].path
 
 
 @contextmanager
