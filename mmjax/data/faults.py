@@ -23,10 +23,11 @@ FAULTS: tuple[str, ...] = (
     "unreadable",  # the file cannot be read, or is not a regular file
     "missing_file",  # the named file does not exist
     "unsafe_path",  # the name would leave the data folder
-    "no_image",  # a caption without its image
+    "no_image",  # a caption without its image, a conversation with more places for images than images
     "no_caption",  # an image without its caption
     "bad_record",  # a row or a JSON member that cannot be understood
     "duplicate_key",  # a second sample under the same key
+    "unplaced_image",  # a conversation with more images than places for them
 )
 """Causes, in the order of the batch's `faults` counts."""
 
@@ -34,6 +35,7 @@ _HINTS = {
     "unsafe_path": "image names must be relative and stay inside the data folder (set root to it)",
     "missing_file": "image names are relative to the table's folder unless root says otherwise",
     "too_large": "the size claimed is above the safety limit",
+    "unplaced_image": "each image needs one <image> in what is said",
 }
 _NAMES_KEPT = 3
 _FLOOR = 1000
@@ -82,7 +84,7 @@ def fault_counts(causes: Iterable[str]) -> np.ndarray:
         int32 [len(FAULTS)].
 
     >>> fault_counts(["truncated", "no_caption", "truncated"]).tolist()
-    [2, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0]
+    [2, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0]
     """
     counts = np.zeros(len(FAULTS), np.int32)
     for cause in causes:

@@ -91,6 +91,31 @@ def read_file(path: Path, name: str, limit: int = MAX_IMAGE_BYTES) -> bytes:
         os.close(handle)
 
 
+def image_file(root: Path, name: str) -> Path:
+    """The path of an image that is there to be read; nothing of it is read yet.
+
+    Args:
+        root, name: as in `safe_path`.
+
+    Raises:
+        BadSample: "unsafe_path", "missing_file", "unreadable", "empty", "too_large".
+    """
+    path = safe_path(root, name)
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise BadSample("missing_file", name) from error
+    except OSError as error:
+        raise BadSample("unreadable", name, error.strerror or "") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise BadSample("unreadable", name, "not a regular file")
+    if not status.st_size:
+        raise BadSample("empty", name)
+    if status.st_size > MAX_IMAGE_BYTES:
+        raise BadSample("too_large", name, f"{status.st_size} bytes")
+    return path
+
+
 @dataclass(frozen=True)
 class FileSource:
     """Samples whose images are files below one folder.

@@ -14,6 +14,7 @@ from mmjax.data.order import permuted
 from mmjax.data.pipeline import Batch, BatchIterator, check_processes
 
 IGNORED = -100
+_LOOKED_AT = 64
 Piece = tuple[int, int, int]  # document, first token, one past the last
 
 
@@ -45,29 +46,45 @@ def cut_into_rows(lengths: Sequence[int], row_length: int) -> list[list[Piece]]:
     return rows
 
 
-def fit_into_rows(lengths: Sequence[int], row_length: int) -> list[list[Piece]]:
+def fit_into_rows(
+    lengths: Sequence[int],
+    row_length: int,
+    images: Sequence[int] | None = None,
+    most_images: int = 0,
+) -> list[list[Piece]]:
     """Whole documents side by side, the longest first, each into the fullest row that has room for it.
 
     Args:
         lengths: tokens of each document; of one that is longer than a row only the beginning is kept.
         row_length: tokens of a row.
+        images: of each document, where rows have room for so many only; None: there are none.
+        most_images: of a row; a document with more has a row of its own.
 
     >>> fit_into_rows([3, 4, 2, 9], 5)
     [[(3, 0, 5)], [(1, 0, 4)], [(0, 0, 3), (2, 0, 2)]]
+    >>> fit_into_rows([3, 2, 1], 5, [1, 1, 0], 1)
+    [[(0, 0, 3), (2, 0, 1)], [(1, 0, 2)]]
     """
     rows: list[list[Piece]] = []
+    spare: list[int] = []
     free: list[tuple[int, int]] = []  # room and row, sorted
     for document in sorted(range(len(lengths)), key=lambda d: (-lengths[d], d)):
         length = min(lengths[document], row_length)
         if not length:
             continue
+        own = 0 if images is None else images[document]
         place = bisect.bisect_left(free, (length, -1))
+        # Where many rows have no image to spare, a new one costs less than looking on.
+        found = (n for n in range(place, min(place + _LOOKED_AT, len(free))) if spare[free[n][1]] >= own)
+        place = next(found, len(free))
         if place < len(free):
             room, row = free.pop(place)
         else:
             room, row = row_length, len(rows)
             rows.append([])
+            spare.append(most_images)
         rows[row].append((document, 0, length))
+        spare[row] -= own
         if room > length:
             bisect.insort(free, (room - length, row))
     return rows

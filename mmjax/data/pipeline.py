@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,14 +103,7 @@ class Batches:
             number, position = positions[batch * self.batch_size + self.process_index * local + place]
             return self.samplers[number].at(position)
 
-        last = sys.maxsize // self.batch_size
-        rows = grain.MapDataset.range(first_batch * local, last * local).map(load)
-        ahead = max(self.prefetch_batches * local, self.num_threads) if self.num_threads else 0
-        options = grain.ReadOptions(num_threads=self.num_threads, prefetch_buffer_size=ahead)
-        batches = rows.to_iter_dataset(options).batch(local, drop_remainder=True, batch_fn=self._collate)
-        return grain.experimental.ThreadPrefetchIterDataset(
-            batches, prefetch_buffer_size=min(self.num_threads, 1)
-        )
+        return read_ahead(self, load, self._collate, first_batch)
 
     def assemble(self, samples: Sequence[Sample]) -> Batch:
         """One batch from its samples.
@@ -134,6 +127,29 @@ class Batches:
 
     def _collate(self, samples: Sequence[Sample]) -> tuple[Batch, list[tuple[str, str]]]:
         return self.assemble(samples), [sample.fault for sample in samples if sample.fault]
+
+
+def read_ahead(
+    batches: Any,
+    load: Callable[[int], Any],
+    collate: Callable[[Sequence[Any]], Any],
+    first_batch: int,
+) -> grain.IterDataset:
+    """A grain pipeline that loads rows in threads and makes batches of them in order.
+
+    Args:
+        batches: has batch_size, local_batch_size, num_threads and prefetch_batches.
+        load: makes the n-th of this process's rows, in any thread.
+        collate: makes a batch of its rows.
+        first_batch: number of the first batch, 0 or more.
+    """
+    local, last = batches.local_batch_size, sys.maxsize // batches.batch_size
+    rows = grain.MapDataset.range(first_batch * local, last * local).map(load)
+    threads = batches.num_threads
+    ahead = max(batches.prefetch_batches * local, threads) if threads else 0
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+    made = rows.to_iter_dataset(options).batch(local, drop_remainder=True, batch_fn=collate)
+    return grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=min(threads, 1))
 
 
 class _Reader:

@@ -68,7 +68,7 @@ class TextData:
     def raw(self, split: Split) -> Iterator[tuple[str, bytes | BadSample]]:
         """Name and bytes of every document, or why it cannot be had."""
         mark = None if self.split_on is None else self.split_on.encode()
-        for path in _files(self, split):
+        for path in files_of(self, split):
             try:
                 data = read_file(path, path.name, MAX_TEXT_BYTES)
             except BadSample as error:
@@ -99,7 +99,7 @@ class TextData:
             ConfigError: the tokenizer or the split does not fit.
             DataError: the files cannot be found, nothing in them can be used, or too much cannot.
         """
-        tokenizer = _tokenizer(processor)
+        tokenizer = tokenizer_of(processor)
         end = tokenizer.eos_token_id
         if end is None:
             raise ConfigError("TextData needs a tokenizer with an eos_token, which ends every document")
@@ -138,7 +138,7 @@ class ChatData:
 
     def raw(self, split: Split) -> Iterator[tuple[str, bytes | BadSample]]:
         """Name and bytes of every line, or why its file cannot be read."""
-        for path in _files(self, split):
+        for path in files_of(self, split):
             try:
                 data = read_file(path, path.name, MAX_TEXT_BYTES)
             except BadSample as error:
@@ -160,7 +160,7 @@ class ChatData:
         progress: Progress | None = None,
     ) -> PackedBatches:
         """Endless batches of one split; arguments, batches and errors as in `TextData.build`."""
-        tokenizer = _tokenizer(processor)
+        tokenizer = tokenizer_of(processor)
 
         def encode(name: str, data: bytes) -> tuple[np.ndarray, np.ndarray | None]:
             said = _conversation(_decode(data, name), name)
@@ -188,15 +188,29 @@ def _check(data: TextData | ChatData) -> None:
         raise ConfigError(f"{name}.max_fault_share={data.max_fault_share} has to lie between 0 and 1")
 
 
-def _tokenizer(processor: Any) -> Any:
+def tokenizer_of(processor: Any) -> Any:
+    """The processor's tokenizer.
+
+    Raises:
+        ConfigError: it has none.
+    """
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None:
         raise ConfigError("batches of text need a processor with a tokenizer")
     return tokenizer
 
 
-def _files(data: TextData | ChatData, split: Split) -> list[Path]:
-    """The files of a split, in order."""
+def files_of(data: Any, split: Split) -> list[Path]:
+    """The files of a split, in order.
+
+    Args:
+        data: has path, test_path, and the suffixes of files that are taken out of folders.
+        split: "train" or "test".
+
+    Raises:
+        ConfigError: the split is not configured.
+        DataError: a file or folder is not there.
+    """
     check_split(split)
     name = type(data).__name__
     spec = data.path if split == "train" else data.test_path

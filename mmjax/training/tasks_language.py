@@ -16,8 +16,11 @@ from mmjax.errors import ConfigError, DataError
 from mmjax.nn.kernels import as_array
 from mmjax.parallel import BATCH_AXES
 from mmjax.training.step import Batch, Terms, in_micro_batches
+from mmjax.vision.anyres import NEWLINE
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "position_ids", "segment_ids")
+IMAGE_INPUTS = ("pixel_values", "image_index", "image_weights", "image_features")
+ROW_IMAGES = ("tiles", "tile_features")
 IGNORED = -100
 
 
@@ -29,6 +32,11 @@ class NextToken:
     `labels`, each [B, T]. Labels are the input ids with -100 where nothing is to be learned (see
     `mmjax.losses.next_token`); without them every token counts that the mask shows and that does not begin
     a segment. `label_weights` [B, T], where the batch has them, weigh the labels.
+
+    A model that sees takes images in one of two forms. Each row has its own: `tiles` [B, M, ...], or what the
+    model's eyes make of them, `tile_features` [B, M, P, Dv], and `image_index` [B, T, K] counts in the M * P
+    features of its row, with -2 for the end of a row of features (as in `mmjax.data.InstructionBatches`). Or
+    the whole batch has `pixel_values` (or `image_features`) and an `image_index`, as the model takes them.
 
     With `accumulate` above 1 the mean is still over all labels of the batch, however many a micro-batch has;
     each micro-batch runs forward a second time for that.
@@ -70,12 +78,17 @@ class NextToken:
         """Each position's loss and weight, [B, T]; no dropout without a key."""
         if "input_ids" not in batch:
             raise ConfigError(f"NextToken: the batch has no 'input_ids'; it has {', '.join(sorted(batch))}")
+        if micro_batches > 1 and "image_index" in batch and not _row_images(batch):
+            raise ConfigError(
+                "NextToken: image_index counts in the images of the whole batch, so it cannot be cut into "
+                "micro-batches; give every row images of its own, as 'tiles', or set accumulate to 1"
+            )
         variables = {"params": params}
         targets = _targets(batch)
         cap = getattr(getattr(model, "config", None), "logits_softcap", None)
 
         def run(part: Batch, part_key: jax.Array) -> jax.Array:
-            inputs: dict[str, Any] = {name: part[name] for name in TEXT_INPUTS if name in part}
+            inputs = _inputs(model, part)
             if key is not None:
                 inputs |= {"deterministic": False, "rngs": {"dropout": part_key}}
             hidden: Any = model.apply(variables, **inputs, method="hidden")
@@ -109,15 +122,37 @@ def mean_loss(model: nn.Module, params: Mapping[str, Any], batches: Iterable[Bat
     Raises:
         DataError: no batch has a label.
     """
+    known = (*TEXT_INPUTS, *IMAGE_INPUTS, *ROW_IMAGES, "labels", "label_weights")
     sums = jax.jit(lambda params, batch: NextToken().sums(model, params, batch))
     total = weight = 0.0
     for batch in batches:
-        known = {name: batch[name] for name in (*TEXT_INPUTS, "labels", "label_weights") if name in batch}
-        loss, share = sums(params, known)
+        loss, share = sums(params, {name: batch[name] for name in known if name in batch})
         total, weight = total + float(loss), weight + float(share)
     if not weight:
         raise DataError("mean_loss: there is no label in the batches")
     return total / weight
+
+
+def _row_images(batch: Batch) -> str | None:
+    """The name under which rows have their own images."""
+    return next((name for name in ROW_IMAGES if name in batch), None)
+
+
+def _inputs(model: Any, batch: Batch) -> dict[str, Any]:
+    """What the model is called with."""
+    inputs: dict[str, Any] = {name: batch[name] for name in (*TEXT_INPUTS, *IMAGE_INPUTS) if name in batch}
+    name = _row_images(batch)
+    if name is None:
+        return inputs
+    tiles, index = batch[name], batch["image_index"]
+    rows, count = tiles.shape[:2]
+    own = count * (tiles.shape[2] if name == "tile_features" else model.config.tile_rows)
+    first = own * jnp.arange(rows, dtype=index.dtype)[:, None, None]
+    ends = jnp.where(index == NEWLINE, rows * own, index)
+    inputs["image_index"] = jnp.where(index >= 0, index + first, ends)
+    flat = tiles.reshape(rows * count, *tiles.shape[2:])
+    inputs["image_features" if name == "tile_features" else "pixel_values"] = flat
+    return inputs
 
 
 def _targets(batch: Batch) -> jax.Array:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import IO, Any, TypeAlias
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from mmjax.errors import DataError
 
@@ -77,6 +77,32 @@ def open_image(source: ImageSource, *, exif: bool = False, max_pixels: int = MAX
         raise ImageError(f"{name}: cannot be read ({error.strerror or error})", "unreadable") from error
     stream = io.BytesIO(data)
     return _finish(_read_header(stream, name), name, stream, exif, max_pixels)
+
+
+def image_size(
+    path: str | os.PathLike, *, exif: bool = False, max_pixels: int = MAX_PIXELS
+) -> tuple[int, int]:
+    """The size that `open_image` would give an image file, from its header alone where that says it.
+
+    Args:
+        path: Of the file.
+        exif, max_pixels: As in `open_image`.
+
+    Returns:
+        (height, width) in pixels.
+
+    Raises:
+        ImageError: As `open_image`; damage beyond the header is not seen.
+    """
+    name = _name_of(path)
+    try:
+        with open(path, "rb") as file:
+            image = _read_header(file, name)
+            _check_size(image.size, name, max_pixels)
+            width, height = image.size
+            return (width, height) if exif and _lies_down(image) else (height, width)
+    except OSError as error:
+        raise ImageError(f"{name}: cannot be read ({error.strerror or error})", "unreadable") from error
 
 
 def array_to_image(array: np.ndarray, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -291,6 +317,14 @@ def _text(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def _lies_down(image: Image.Image) -> bool:
+    """Whether EXIF says that rows of the file are columns of the image."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    except Exception:  # orientation is a hint: with damaged EXIF the pixels are still good
+        return False
+
+
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
@@ -321,4 +355,4 @@ def _from_deep_gray(image: Image.Image) -> Image.Image:
     return Image.fromarray(gray).convert("RGB")
 
 
-__all__ = ["CAUSES", "MAX_PIXELS", "ImageError", "ImageSource", "array_to_image", "open_image"]
+__all__ = ["CAUSES", "MAX_PIXELS", "ImageError", "ImageSource", "array_to_image", "image_size", "open_image"]
