@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         CLIPVisionModel,
         CLIPVisionModelWithProjection,
     )
+    from mmjax.models.llava import ImageTokens, Llava, LlavaConfig, LlavaOutput, LlavaProcessor
     from mmjax.models.processor import Processor
     from mmjax.models.siglip import (
         SiglipConfig,
@@ -41,6 +42,11 @@ __all__ = [
     "CLIPVisionModelWithProjection",
     "CausalLM",
     "CausalLMOutput",
+    "ImageTokens",
+    "Llava",
+    "LlavaConfig",
+    "LlavaOutput",
+    "LlavaProcessor",
     "Processor",
     "SiglipConfig",
     "SiglipForImageClassification",
@@ -54,8 +60,18 @@ __all__ = [
     "ViTForMaskedImageModeling",
     "ViTModel",
 ]
-_FAMILIES = {"CLIP": "clip", "Causal": "causal_lm", "Siglip": "siglip", "ViT": "vit"}
+_FAMILIES = {
+    "CLIP": "clip",
+    "Causal": "causal_lm",
+    "Llava": "llava",
+    "ImageTokens": "llava",
+    "Siglip": "siglip",
+    "ViT": "vit",
+}
 _HOMES = {
-    home: tuple(name for name in __all__ if name.startswith(prefix)) for prefix, home in _FAMILIES.items()
+    home: tuple(
+        name for name in __all__ if any(p for p, h in _FAMILIES.items() if h == home and name.startswith(p))
+    )
+    for home in _FAMILIES.values()
 }
 __getattr__, __dir__ = attach(__name__, {**_HOMES, "processor": ("Processor",)})

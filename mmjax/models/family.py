@@ -24,6 +24,7 @@ class Family:
         read_config: (hub config, architecture, names of the folder's tensors, file) to our config.
         write_config: (config, architecture) to hub attributes, without what `merge` keeps.
         rules: model to its key rules.
+        processor: the class that opens its folders' processor files; None: `Processor`.
         own_code: whether published folders of the family bring their code (`auto_map`); it is never run.
     """
 
@@ -32,6 +33,7 @@ class Family:
     write_config: Callable[[Any, str], dict[str, Any]]
     rules: Callable[[Model], KeyRules]
     own_code: bool = False
+    processor: Any = None
 
 
 # model_type in config.json to the module that has FAMILY, or FAMILIES by model_type; imported when needed.
@@ -48,6 +50,7 @@ FAMILIES: Mapping[str, str] = MappingProxyType(
             ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "internlm2", "opt"),
             "mmjax.models.causal_lm",
         ),
+        **dict.fromkeys(("llava", "llava_next", "llava_onevision"), "mmjax.models.llava"),
     }
 )
 

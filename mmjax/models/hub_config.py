@@ -63,6 +63,8 @@ _LARGEST: Mapping[str, int] = {"num_hidden_layers": 1024}
 _LARGEST_SIZE = 2**20
 _LARGEST_IMAGE = 2**26
 _LONGEST_NAME = 100
+# Fields that are one number or several.
+_LISTS_TOO = ("image_size", "patch_size", "vision_feature_layer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +124,7 @@ def build(cls: type, values: Mapping[str, Any], where: str) -> Any:
     for name, value in values.items():
         default = hints[name].default
         wrong = isinstance(default, (int, float, str)) and not _fits(value, default)
-        if wrong and not (isinstance(value, (list, tuple)) and name in ("image_size", "patch_size")):
+        if wrong and not (isinstance(value, (list, tuple)) and name in _LISTS_TOO):
             raise ConfigError(f"{where}: {name} should be {type(default).__name__}, got {short(value)}")
     try:
         config = cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

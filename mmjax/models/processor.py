@@ -14,8 +14,9 @@ from mmjax.checkpoints.weights import write_json
 from mmjax.errors import CheckpointError, ConfigError, DataError
 from mmjax.language.tokenizer import Tokenizer
 from mmjax.vision.processing import ImageProcessor
+from mmjax.vision.tiles import read_image_processor
 
-_PROCESSOR_FILE, _IMAGES_FILE = "processor_config.json", "preprocessor_config.json"
+PROCESSOR_FILE, _IMAGES_FILE = "processor_config.json", "preprocessor_config.json"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -114,26 +115,38 @@ class Processor:
         Raises:
             CheckpointError, ConfigError: A file is damaged, or says something unknown; the message names it.
         """
+        from mmjax.models.family import FAMILIES, family_of_type
+
+        kind = _read(Path(folder) / "config.json").get("model_type")
+        if isinstance(kind, str) and kind in FAMILIES:
+            own = family_of_type(kind, str(folder)).processor
+            if own is not None:
+                return own.from_folder(folder)
+        return cls.parts_of(folder)
+
+    @classmethod
+    def parts_of(cls, folder: str | os.PathLike[str]) -> Processor | None:
+        """The image processor and the tokenizer of a folder, as `from_folder`, whatever its family."""
         folder = Path(folder)
         has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
-        joint = _read(folder / _PROCESSOR_FILE)
+        joint = _read(folder / PROCESSOR_FILE)
         images = _read(folder / _IMAGES_FILE)
         where = folder / _IMAGES_FILE
         if joint.get("image_processor"):
-            images, where = joint["image_processor"], folder / _PROCESSOR_FILE
+            images, where = joint["image_processor"], folder / PROCESSOR_FILE
         if not images and not has_tokenizer:
             return None
         family = str(_read(folder / "config.json").get("model_type") or "").split("_")[0]
         image_processor = tokenizer = None
         if images:
             try:
-                image_processor = ImageProcessor.from_dict(images, default_type=_IMAGE_TYPES.get(family))
+                image_processor = read_image_processor(images, default_type=_IMAGE_TYPES.get(family))
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error}") from error
         if has_tokenizer:
             tokenizer = Tokenizer.from_folder(folder, tokenizer_class=_TOKENIZER_CLASSES.get(family))
         named = joint.get("processor_class") or (images or {}).get("processor_class")
-        return cls(image_processor, tokenizer, named)
+        return Processor(image_processor, tokenizer, named)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write files that transformers' AutoProcessor, AutoImageProcessor and AutoTokenizer open."""
@@ -148,9 +161,9 @@ class Processor:
             named = self.processor_class or _PROCESSOR_CLASSES.get(images["image_processor_type"])
             write_json(folder / _IMAGES_FILE, images)
             # The joint file wins over the other, so an old one must not stay.
-            (folder / _PROCESSOR_FILE).unlink(missing_ok=True)
+            (folder / PROCESSOR_FILE).unlink(missing_ok=True)
             if self.tokenizer is not None and named is not None:
-                write_json(folder / _PROCESSOR_FILE, {"processor_class": named, "image_processor": images})
+                write_json(folder / PROCESSOR_FILE, {"processor_class": named, "image_processor": images})
         except OSError as error:
             raise CheckpointError(f"{folder}: cannot be written ({error.strerror or error})") from error
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
 from mmjax.errors import ConfigError, DataError
 from mmjax.vision.images import MAX_PIXELS, ImageError, channels_last, drop_alpha, open_image, to_uint8
+from mmjax.vision.sizes import Size, size_of
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -38,6 +39,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 #: Attributes of a preprocessor_config.json that change nothing here, and why.
 IGNORED = {
     "_valid_processor_keys": "a list of argument names, kept by older versions",
+    "aspect_ratio_setting": "image_grid_pinpoints say how images are cut",
     "auto_map": "points to code in the folder, which is never run",
     "data_format": "pixels are always channels last here",
     "device": "images are processed on the host",
@@ -57,47 +59,6 @@ _RESIZE_KEYS = (
     {"shortest_edge", "longest_edge"},
     {"max_height", "max_width"},
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Size:
-    """A target size in pixels: exact, by the shortest edge (with a bound for the longest), or to fit inside.
-
-    Example:
-        >>> Size(shortest_edge=224).to_dict()
-        {'shortest_edge': 224}
-    """
-
-    height: int | None = None
-    width: int | None = None
-    shortest_edge: int | None = None
-    longest_edge: int | None = None
-    max_height: int | None = None
-    max_width: int | None = None
-
-    def to_dict(self) -> dict[str, int]:
-        """The given keys, as preprocessor_config.json has them."""
-        pairs = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
-        return {name: value for name, value in pairs if value is not None}
-
-    def resolve(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of a [height, width] image after resizing, rounded as the reference rounds.
-
-        Example:
-            >>> Size(shortest_edge=224).resolve(480, 641)
-            (224, 299)
-        """
-        if self.height and self.width:
-            return self.height, self.width
-        if self.max_height and self.max_width:
-            scale = min(self.max_height / height, self.max_width / width)
-            return int(height * scale), int(width * scale)
-        if not self.shortest_edge:
-            raise ConfigError(f"size: cannot resize by {self.to_dict()}")
-        if self.longest_edge:
-            return _between_edges(height, width, self.shortest_edge, self.longest_edge)
-        longest = int(self.shortest_edge * max(height, width) / min(height, width))
-        return (longest, self.shortest_edge) if width <= height else (self.shortest_edge, longest)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,6 +83,9 @@ class ImageProcessor:
         (1, 6, 6, 3)
     """
 
+    #: The types that the class is for, and what their files leave unsaid.
+    types: ClassVar[Mapping[str, Mapping[str, Any]]] = DEFAULTS
+
     image_processor_type: str = "CLIPImageProcessor"
     do_convert_rgb: bool | None = True
     do_resize: bool | None = True
@@ -137,13 +101,13 @@ class ImageProcessor:
     image_std: Sequence[float] | float | None = _CLIP_STD
 
     def __post_init__(self) -> None:
-        _known_type(self.image_processor_type)
+        self._known_type(self.image_processor_type)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name.startswith(("do_", "default")) and not isinstance(value, bool | None):
                 raise ConfigError(f"{field.name}: expected true or false, got {value!r}")
-        size = _size("size", self.size, bool(self.default_to_square))
-        crop_size = _size("crop_size", self.crop_size, True)
+        size = size_of("size", self.size, bool(self.default_to_square))
+        crop_size = size_of("crop_size", self.crop_size, True)
         object.__setattr__(self, "size", size)
         object.__setattr__(self, "crop_size", crop_size)
         for name in ("image_mean", "image_std"):
@@ -185,21 +149,19 @@ class ImageProcessor:
         """
         if not isinstance(config, Mapping):
             raise ConfigError(f"image processor settings: expected an object, got {type(config).__name__}")
-        kind = config.get("image_processor_type") or config.get("feature_extractor_type") or default_type
+        kind = type_in(config) or default_type
         if kind is None:
-            raise ConfigError(f"image_processor_type is missing: add one of {', '.join(DEFAULTS)}")
-        kind = str(kind).replace("FeatureExtractor", "ImageProcessor")
-        kind = kind.removesuffix("Fast").removesuffix("Pil")
-        _known_type(kind)
-        for name in _UNSUPPORTED:
-            if config.get(name):
-                raise ConfigError(f"{name} = {config[name]!r} is not supported: remove it from the settings")
+            raise ConfigError(f"image_processor_type is missing: add one of {', '.join(cls.types)}")
+        cls._known_type(kind)
         fields = {field.name for field in dataclasses.fields(cls)}
+        for name in _UNSUPPORTED:
+            if config.get(name) and name not in fields:
+                raise ConfigError(f"{name} = {config[name]!r} is not supported: remove it from the settings")
         unknown = sorted(set(config) - fields - set(IGNORED) - set(_UNSUPPORTED))
         if unknown:
             raise ConfigError(f"image processor settings: unknown {', '.join(unknown)} (type {kind})")
         values = {name: value for name, value in config.items() if name in fields}
-        return cls(**{**DEFAULTS[kind], **values, "image_processor_type": kind})
+        return cls(**{**cls.types[kind], **values, "image_processor_type": kind})
 
     def to_dict(self) -> dict[str, Any]:
         """Contents of a preprocessor_config.json that transformers' AutoImageProcessor opens.
@@ -216,7 +178,7 @@ class ImageProcessor:
             elif isinstance(value, tuple):
                 value = list(value)
             # What is missing means the type's default: null is written where that is something else.
-            if value is not None or DEFAULTS[self.image_processor_type].get(field.name, field.default):
+            if value is not None or self.types[self.image_processor_type].get(field.name, field.default):
                 result[field.name] = value
         return result
 
@@ -242,7 +204,7 @@ class ImageProcessor:
         batch: np.ndarray | None = None
         sources = _flatten(images)
         for index, source in enumerate(sources):
-            pixels = self._crop(self._resize(self._prepare(source)))
+            pixels = self._pixels(self._prepare(source))
             if batch is None:
                 batch = np.empty((len(sources), *pixels.shape), np.float32)
             if pixels.shape != batch.shape[1:]:
@@ -255,6 +217,16 @@ class ImageProcessor:
             raise DataError("no images given: pass at least one")
         return {"pixel_values": batch}
 
+    @classmethod
+    def _known_type(cls, name: Any) -> None:
+        if name not in cls.types:
+            known = ", ".join(cls.types)
+            raise ConfigError(f"image_processor_type {name!r} is not known: use one of {known}")
+
+    def _pixels(self, image: Image.Image | np.ndarray) -> np.ndarray:
+        """[H, W, C] of one image, still unscaled."""
+        return self._crop(self._resize(image))
+
     def _prepare(self, source: Any) -> Image.Image | np.ndarray:
         """A decoded image, or an array [H, W, C] where Pillow has no such image or was not given one."""
         if isinstance(source, np.ndarray):
@@ -264,14 +236,17 @@ class ImageProcessor:
             return open_image(source, exif=True)
         if self.do_convert_rgb:
             return open_image(source)
-        return source if source.mode in ("L", "RGB", "RGBA") else _to_array(source)
+        return source if source.mode in ("L", "RGB", "RGBA") else to_array(source)
 
     def _resize(self, image: Image.Image | np.ndarray) -> np.ndarray:
         """[H, W, C], resized by Pillow through uint8; fractions come back as fractions (float32)."""
         if not self.do_resize or not isinstance(self.size, Size):
-            return _to_array(image)
-        height, width = (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
-        new_height, new_width = self.size.resolve(height, width)
+            return to_array(image)
+        return self._resize_to(image, *self.size.resolve(*size_in(image)))
+
+    def _resize_to(self, image: Image.Image | np.ndarray, new_height: int, new_width: int) -> np.ndarray:
+        """As `_resize`, to a size of the caller's."""
+        height, width = size_in(image)
         if not 0 < new_height * new_width <= MAX_PIXELS:
             sizes = f"an image of {width} x {height} would be resized to {new_width} x {new_height}"
             raise ImageError(f"{sizes}: too elongated", "too_large" if new_height * new_width else "empty")
@@ -279,7 +254,7 @@ class ImageProcessor:
         if not isinstance(image, Image.Image):
             pixels, fractions = to_uint8(image)
             image = Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
-        resized = _to_array(image.resize((new_width, new_height), resample=self.resample))
+        resized = to_array(image.resize((new_width, new_height), resample=self.resample))
         return (resized.astype(np.float64) * (1 / 255)).astype(np.float32) if fractions else resized
 
     def _crop(self, pixels: np.ndarray) -> np.ndarray:
@@ -315,11 +290,6 @@ class ImageProcessor:
             flat[...] = rows
 
 
-def _known_type(name: Any) -> None:
-    if name not in DEFAULTS:
-        raise ConfigError(f"image_processor_type {name!r} is not known: use one of {', '.join(DEFAULTS)}")
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -331,26 +301,39 @@ def _flatten(images: Any) -> list[Any]:
     return list(images) if isinstance(images, np.ndarray) and images.ndim == 4 else [images]
 
 
-def _to_array(image: Image.Image | np.ndarray) -> np.ndarray:
+def type_in(config: Mapping[str, Any]) -> str | None:
+    """The type that the contents of a preprocessor_config.json name, without an implementation's suffix.
+
+    >>> type_in({"feature_extractor_type": "ViTFeatureExtractor"})
+    'ViTImageProcessor'
+    """
+    kind = config.get("image_processor_type") or config.get("feature_extractor_type")
+    if kind is None:
+        return None
+    return str(kind).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
+
+
+def size_in(image: Image.Image | np.ndarray) -> tuple[int, int]:
+    """(height, width) of an image or an array [H, W, C].
+
+    >>> size_in(np.zeros((2, 3, 1)))
+    (2, 3)
+    """
+    return (image.height, image.width) if isinstance(image, Image.Image) else image.shape[:2]
+
+
+def to_array(image: Image.Image | np.ndarray) -> np.ndarray:
+    """[H, W, C].
+
+    >>> to_array(Image.new("L", (3, 2))).shape
+    (2, 3, 1)
+    """
     pixels = np.asarray(image)
     return pixels[..., None] if pixels.ndim == 2 else pixels
 
 
 def _shape(pixels: np.ndarray) -> str:
     return f"{pixels.shape[1]} x {pixels.shape[0]} with {pixels.shape[2]} channels"
-
-
-def _between_edges(height: int, width: int, shortest: int, longest: int) -> tuple[int, int]:
-    """Size whose shorter edge is `shortest`, or less where the longer would exceed `longest`."""
-    exact: float = shortest
-    if max(height, width) / min(height, width) * shortest > longest:
-        exact = longest * float(min(height, width)) / max(height, width)
-        shortest = round(exact)
-    if min(height, width) == shortest:
-        return height, width
-    if width < height:
-        return int(exact * height / width), shortest
-    return shortest, int(exact * width / height)
 
 
 def _centre(have: int, want: int) -> tuple[slice, slice]:
@@ -369,24 +352,6 @@ def _per_channel(name: str, values: Any, channels: int) -> np.ndarray:
     return np.broadcast_to(np.asarray(values), (channels,))
 
 
-def _size(name: str, value: Any, square: bool) -> Size | None:
-    if value is None or isinstance(value, Size):
-        size = value
-    elif isinstance(value, int) and not isinstance(value, bool):
-        size = Size(height=value, width=value) if square else Size(shortest_edge=value)
-    elif isinstance(value, list | tuple) and len(value) == 2:
-        size = Size(height=value[0], width=value[1])
-    elif isinstance(value, Mapping) and set(value) <= {field.name for field in dataclasses.fields(Size)}:
-        size = Size(**value)
-    else:
-        keys = ", ".join(field.name for field in dataclasses.fields(Size))
-        raise ConfigError(f"{name}: expected a number of pixels or an object of {keys}, got {value!r}")
-    for key, pixels in size.to_dict().items() if size else ():
-        if isinstance(pixels, bool) or not isinstance(pixels, int) or pixels < 1:
-            raise ConfigError(f"{name}: {key} must be a whole number of pixels above 0, got {pixels!r}")
-    return size
-
-
 def _channel_values(name: str, value: Any) -> tuple[float, ...] | float | None:
     values = tuple(value) if isinstance(value, list | tuple) else (value,)
     if value is not None and not (values and all(map(_is_number, values))):
@@ -394,4 +359,4 @@ def _channel_values(name: str, value: Any) -> tuple[float, ...] | float | None:
     return values if isinstance(value, list | tuple) else value
 
 
-__all__ = ["DEFAULTS", "IGNORED", "ImageProcessor", "Size"]
+__all__ = ["DEFAULTS", "IGNORED", "ImageProcessor", "Size", "size_in", "to_array", "type_in"]

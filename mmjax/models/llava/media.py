@@ -1,0 +1,125 @@
+"""Images and videos out of what callers give: lists, nested lists, and parts of messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mmjax.errors import DataError
+
+_SOURCES = ("image", "video", "path", "url")
+
+
+def pull_media(
+    messages: Any, images: Sequence[Any], videos: Sequence[Any]
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """A conversation without pictures in it, and its images and videos in order.
+
+    Args:
+        messages: whose contents may have parts {"type": "image"} and {"type": "video"}, each with its source
+            (a path, an image, frames) under "image", "video", "path" or "url", or without one.
+        images, videos: for the parts without a source, in order.
+
+    Returns:
+        The messages, texts as parts; all images; all videos.
+
+    Raises:
+        DataError: parts without a source are not as many as images or videos are given.
+
+    >>> said = [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "image"}]}]
+    >>> pull_media(said, ["b.png"], [])[1]
+    ['a.png', 'b.png']
+    """
+    waiting = {"image": list(images), "video": list(videos)}
+    found: dict[str, list[Any]] = {"image": [], "video": []}
+    missing = {"image": 0, "video": 0}
+
+    def pulled(part: Any) -> Any:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind not in found:
+            return part
+        source = next((part[name] for name in _SOURCES if part.get(name) is not None), None)
+        if source is None and waiting[kind]:
+            source = waiting[kind].pop(0)
+        elif source is None:
+            missing[kind] += 1
+        if isinstance(source, str) and source.startswith(("http://", "https://")):
+            raise DataError(f"messages: {source[:100]!r} is not fetched; give a file or an image")
+        found[kind].append(source)
+        return {name: value for name, value in part.items() if name not in _SOURCES}
+
+    chat = []
+    for message in messages if isinstance(messages, Iterable) else ():
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if isinstance(content, list | tuple):
+            message = {**message, "content": [pulled(part) for part in content]}
+        chat.append(message)
+    for kind, left in waiting.items():
+        if left or missing[kind]:
+            here = len(found[kind])
+            raise DataError(
+                f"messages: {here} {kind} parts ({missing[kind]} of them without a {kind}), and {len(left)} "
+                f"{kind}s are left over; give one {kind} for each part {{'type': '{kind}'}}"
+            )
+    return chat, found["image"], found["video"]
+
+
+def groups_of(media: Any, counts: Sequence[int], what: str) -> list[list[Any]]:
+    """Images as a list for each text.
+
+    Args:
+        media: None, one, a list, or a list with a list for each text.
+        counts: how many each text has a place for.
+        what: "image" or "video", for messages.
+
+    Raises:
+        DataError: more or fewer than places.
+
+    >>> groups_of(["a.png", "b.png", "c.png"], [2, 0, 1], "image")
+    [['a.png', 'b.png'], [], ['c.png']]
+    """
+    nested = isinstance(media, list | tuple) and any(isinstance(part, list | tuple) for part in media)
+    if nested and what == "image":
+        groups = [list(g) if isinstance(g, list | tuple) else [g] for g in media]
+        if len(groups) != len(counts):
+            # As a call without places may have it: lists only of texts that have images.
+            groups = _spread([g for g in groups if g], counts)
+    else:
+        flat = [] if media is None else list(media) if is_many(media) else [media]
+        if len(flat) != sum(counts):
+            raise DataError(
+                f"{what}s: {len(flat)} given, but the texts have {sum(counts)} {what} places "
+                f"({', '.join(map(str, counts))}); give as many"
+            )
+        groups = []
+        for count in counts:
+            groups.append(flat[:count])
+            flat = flat[count:]
+    for number, (group, count) in enumerate(zip(groups, counts, strict=True)):
+        if len(group) != count:
+            raise DataError(f"{what}s: text {number} has {count} {what} places, but {len(group)} {what}s")
+    return groups
+
+
+def is_many(media: Any) -> bool:
+    """Whether this is several images and not one.
+
+    >>> is_many(["a.png"]), is_many(np.zeros((4, 4, 3))), is_many(np.zeros((2, 4, 4, 3)))
+    (True, False, True)
+    """
+    return isinstance(media, list | tuple) or (isinstance(media, np.ndarray) and media.ndim == 4)
+
+
+def _spread(groups: list[list[Any]], counts: Sequence[int]) -> list[list[Any]]:
+    left = list(groups)
+    spread = [left.pop(0) if count and left else [] for count in counts]
+    if left:
+        raise DataError(
+            f"images: lists for {len(groups)} texts, but only {sum(map(bool, counts))} have images"
+        )
+    return spread
+
+
+__all__ = ["groups_of", "is_many", "pull_media"]
