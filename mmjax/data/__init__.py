@@ -16,6 +16,16 @@ if TYPE_CHECKING:
     from mmjax.data.mixture import MixtureData
     from mmjax.data.packing import PackedBatches
     from mmjax.data.pipeline import Batches, BatchIterator
+    from mmjax.data.scenes import Scene, Thing, make_scene
+    from mmjax.data.scenes_data import (
+        ScenesData,
+        SceneTextData,
+        scene_conversation,
+        scene_tokenizer,
+        told_conversation,
+    )
+    from mmjax.data.scenes_questions import Question, blind_guesses, scene_questions
+    from mmjax.data.scenes_text import scene_caption, scene_captions
     from mmjax.data.synthetic import SyntheticData
     from mmjax.data.text import ChatData, TextData
     from mmjax.data.webdataset import WebDatasetData
@@ -30,6 +40,16 @@ _HOMES = {
     "mixture": ("MixtureData",),
     "packing": ("PackedBatches",),
     "pipeline": ("BatchIterator", "Batches"),
+    "scenes": ("Scene", "Thing", "make_scene"),
+    "scenes_data": (
+        "ScenesData",
+        "SceneTextData",
+        "scene_conversation",
+        "scene_tokenizer",
+        "told_conversation",
+    ),
+    "scenes_questions": ("Question", "blind_guesses", "scene_questions"),
+    "scenes_text": ("scene_caption", "scene_captions"),
     "synthetic": ("SyntheticData",),
     "text": ("ChatData", "TextData"),
     "webdataset": ("WebDatasetData",),
@@ -53,10 +73,23 @@ __all__ = [
     "ImageFolderData",
     "MixtureData",
     "PackedBatches",
+    "Question",
+    "Scene",
+    "SceneTextData",
+    "ScenesData",
     "SyntheticData",
     "TextData",
+    "Thing",
     "WebDatasetData",
     "batches",
+    "blind_guesses",
     "check_faults",
     "fault_counts",
+    "make_scene",
+    "scene_caption",
+    "scene_captions",
+    "scene_conversation",
+    "scene_questions",
+    "scene_tokenizer",
+    "told_conversation",
 ]

@@ -1,0 +1,305 @@
+"""Scenes: what is drawn, said, asked and held out."""
+
+import collections
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from mmjax.data import (
+    DIGIT_NAMES,
+    ScenesData,
+    SceneTextData,
+    blind_guesses,
+    make_scene,
+    scene_caption,
+    scene_captions,
+    scene_conversation,
+    scene_questions,
+    scene_tokenizer,
+    told_conversation,
+)
+from mmjax.data.scenes import COLOR_NAMES, NAMES, PLACES, is_held_out
+from mmjax.data.scenes_draw import COLORS, SHAPES, WORDS
+from mmjax.data.scenes_questions import KINDS
+from mmjax.errors import ConfigError
+from tests.data.fakes import fake_processor
+
+TRAIN = [make_scene(number) for number in range(1500)]
+TEST = [make_scene(number, "test") for number in range(600)]
+COLORED = re.compile(f"({'|'.join(COLOR_NAMES)}) (?:digit |word )?({'|'.join(sum(NAMES.values(), ()))})")
+
+
+def sort_of(name):
+    return next(sort for sort, names in NAMES.items() if name in names)
+
+
+def test_a_scene_is_a_function_of_seed_split_and_number():
+    again = make_scene(7)
+    assert again == make_scene(7)
+    np.testing.assert_array_equal(again.draw(), make_scene(7).draw())
+    others = [make_scene(8), make_scene(7, "test"), make_scene(7, seed=1)]
+    assert all(other.things != again.things for other in others)
+    assert scene_questions(again) == scene_questions(make_scene(7))
+    assert {scene_questions(again, draw) for draw in range(5)} > {scene_questions(again)}
+    # The same on every machine, in every version.
+    assert scene_caption(make_scene(9)) == (
+        "a large purple circle at the top, a blue digit nine at the top right."
+    )
+
+
+@pytest.mark.parametrize("size", [36, 48, 63])
+def test_pixels_change_in_the_boxes_only_and_reach_their_edges(size):
+    for number in range(40):
+        scene = make_scene(number, image_size=size)
+        pixels = np.asarray(scene.draw()).astype(int)
+        assert pixels.shape == (size, size, 3)
+        painted = (pixels != scene.background).any(axis=-1)
+        inside = np.zeros_like(painted)
+        for thing in scene.things:
+            left, top, right, bottom = thing.box
+            part = painted[top:bottom, left:right]
+            assert part[0].any() and part[-1].any() and part[:, 0].any() and part[:, -1].any()
+            assert not inside[top:bottom, left:right].any(), "two things lie over each other"
+            inside[top:bottom, left:right] = True
+            cell = size // 3
+            assert (top // cell, left // cell) == (thing.row, thing.column)
+            assert ((bottom - 1) // cell, (right - 1) // cell) == (
+                thing.row,
+                thing.column + thing.columns - 1,
+            )
+        assert not (painted & ~inside).any()
+
+
+def test_things_are_drawn_in_their_colour():
+    for scene in TRAIN[:80]:
+        pixels = np.asarray(scene.draw()).astype(int)
+        for thing in scene.shapes:
+            left, top, right, bottom = thing.box
+            strongest = (pixels[top:bottom, left:right] == thing.rgb).all(axis=-1)
+            assert strongest.any()
+            far = {name: np.abs(np.subtract(rgb, thing.rgb)).sum() for name, rgb in COLORS.items()}
+            assert min(far, key=far.__getitem__) == thing.color
+
+
+def test_no_two_masks_are_alike():
+    from mmjax.data.scenes_draw import mask_of
+
+    for size in ("small", "large"):
+        masks = [mask_of("shape", name, size, None, "train", 16).resize((16, 16)) for name in SHAPES]
+        values = np.stack([np.asarray(mask, float) / 255 for mask in masks])
+        apart = np.abs(values[:, None] - values).mean(axis=(2, 3)) + np.eye(len(SHAPES))
+        assert apart.min() > 0.1
+    words = [mask_of("word", word, None, None, "train", 16) for word in WORDS]
+    assert len({mask.tobytes() for mask in words}) == len(WORDS)
+
+
+def test_test_digits_are_other_scans_than_those_of_training():
+    from mmjax.data import DigitsData
+
+    for split, scenes in (("train", TRAIN), ("test", TEST)):
+        records = DigitsData().source(split)
+        digits = [thing for scene in scenes for thing in scene.things if thing.sort == "digit"]
+        assert len({thing.name for thing in digits}) == 10
+        assert all(DIGIT_NAMES[records[thing.scan]["label"]] == thing.name for thing in digits)
+        assert {records[thing.scan]["name"] for thing in digits} <= {record["name"] for record in records}
+
+
+def test_training_neither_shows_nor_mentions_what_is_held_out():
+    for scene in TRAIN:
+        assert not any(thing.held_out for thing in scene.things)
+        asked = scene_questions(scene)
+        assert not any(question.held_out for question in asked)
+        said = [*scene_captions(scene), *(question.text for question in asked)]
+        for color, name in COLORED.findall(" ".join(said)):
+            assert not is_held_out(sort_of(name), name, color)
+
+
+def test_every_test_scene_has_something_held_out_and_every_pair_occurs():
+    assert all(any(thing.held_out for thing in scene.things) for scene in TEST)
+    seen = {(thing.name, thing.color) for scene in TEST for thing in scene.things if thing.held_out}
+    assert len(seen) == sum(map(len, NAMES.values()))
+    for sort, names in NAMES.items():
+        for name in names:
+            assert sum(is_held_out(sort, name, color) for color in COLOR_NAMES) == 1
+
+
+def test_questions_have_the_answers_that_the_things_give():
+    """Answers found again from the things alone, by other means than those that made them."""
+    checked = collections.Counter()
+    for scene in [*TRAIN[:400], *TEST[:200]]:
+        for question in scene_questions(scene):
+            assert answer(scene, question) == question.answer, (question, scene)
+            assert set(question.boxes) <= {thing.box for thing in scene.things}
+            checked[question.kind] += 1
+    assert set(checked) == set(KINDS) and min(checked.values()) > 150
+
+
+def answer(scene, question):
+    words = re.findall(r"\w+", question.text)
+    shapes = [thing for thing in scene.things if thing.sort == "shape"]
+    colors = [color for color in COLOR_NAMES if color in words]
+    names = [word for word in words if word in SHAPES]
+    sorts = [sort for sort in ("digit", "word") if sort in words]
+    if question.kind in ("word", "digit"):
+        return next(thing.name for thing in scene.things if thing.sort == question.kind)
+    if question.kind == "count":
+        stem = next(name for name in SHAPES if name in question.text)
+        return ("zero", "one", "two", "three")[sum(thing.name == stem for thing in shapes)]
+    if question.kind == "relation":
+        one, other = (next(thing for thing in shapes if thing.name == name) for name in names)
+        if "above" in words:
+            assert one.row != other.row
+            return "above" if one.row < other.row else "below"
+        assert one.column != other.column
+        return "left" if one.column < other.column else "right"
+    found = [
+        thing
+        for thing in scene.things
+        if (not names or thing.name in names)
+        and (not colors or thing.color in colors)
+        and (thing.sort == (sorts[0] if sorts else "shape"))
+    ]
+    if question.kind == "presence":
+        return "yes" if found else "no"
+    assert len(found) == 1
+    thing = found[0]
+    return {"color": thing.color, "shape": thing.name, "size": thing.size, "place": thing.place}[
+        question.kind
+    ]
+
+
+def test_what_is_not_seen_cannot_be_guessed():
+    asked = [question for scene in TRAIN for question in scene_questions(scene)]
+    guess = blind_guesses(asked)
+    fresh = [q for number in range(2000, 3000) for q in scene_questions(make_scene(number))]
+    unseen = [q for scene in TEST for q in scene_questions(scene)]
+    for some in (fresh, unseen):
+        right = collections.defaultdict(list)
+        for question in some:
+            right[question.kind].append(guess(question) == question.answer)
+        shares = {kind: np.mean(values) for kind, values in right.items()}
+        for kind in ("size", "relation", "presence"):
+            assert shares.pop(kind) < 0.57
+        assert shares.pop("count") < 0.36
+        assert max(shares.values()) < 0.2
+        assert np.mean(sum(right.values(), [])) < 0.32
+
+
+def test_presence_is_yes_for_exactly_half_and_for_every_form_of_the_question():
+    asked = [q for scene in TRAIN for q in scene_questions(scene) if q.kind == "presence"]
+    assert len(asked) == len(TRAIN)
+    assert sum(question.answer == "yes" for question in asked) == len(TRAIN) // 2
+    assert all(bool(question.boxes) == (question.answer == "yes") for question in asked)
+    for form in ("a digit", "a word", " (red|blue|cyan) ", " (circle|square|ring)"):
+        answers = [question.answer for question in asked if re.search(form, question.text)]
+        assert len(answers) > 60 and 0.37 < np.mean([answer == "yes" for answer in answers]) < 0.63
+
+
+def test_absent_things_are_often_made_of_what_is_there():
+    both = []
+    for scene in TEST:
+        question = next(q for q in scene_questions(scene) if q.kind == "presence")
+        pair = COLORED.search(question.text)
+        if question.answer == "no" and pair:
+            color, name = pair.groups()
+            colors = {thing.color for thing in scene.things}
+            both.append(color in colors and name in {thing.name for thing in scene.shapes})
+    assert len(both) > 100 and np.mean(both) > 0.35
+
+
+def test_captions_are_true_of_the_scene():
+    for scene in TRAIN[:200]:
+        full, *partial = scene_captions(scene)
+        assert full.count(" the ") >= len(scene.things) and full == scene_caption(scene)
+        for thing in scene.things:
+            assert f"{thing.color} " in full and thing.name in full and thing.place in full
+        for text in partial:
+            for color, name in COLORED.findall(text):
+                assert any((thing.color, thing.name) == (color, name) for thing in scene.things)
+            places = [place for row in PLACES for place in row if text.endswith(f" the {place}")]
+            if places:
+                assert any(thing.place == max(places, key=len) for thing in scene.things)
+
+
+def test_conversations_have_the_picture_or_words_in_its_place():
+    scene = TRAIN[3]
+    pictured, told = scene_conversation(scene), told_conversation(scene)
+    assert (
+        [m["role"] for m in pictured] == [m["role"] for m in told] == ["user", "assistant"] * (len(told) // 2)
+    )
+    assert pictured[1:] == told[1:]
+    image, text = pictured[0]["content"]
+    assert image == {"type": "image"}
+    assert told[0]["content"] == f"{scene_caption(scene)} {text['text']}"
+    assert scene_conversation(scene, "caption")[1]["content"] == scene_caption(scene)
+    with pytest.raises(ConfigError, match="about='boxes'"):
+        scene_conversation(scene, "boxes")
+
+
+def test_the_vocabulary_has_one_id_for_every_word_and_none_is_learned_from_the_user():
+    tokenizer = scene_tokenizer(1000)
+    vocabulary = set()
+    for scene in [*TRAIN[:200], *TEST[:200]]:
+        chat = scene_conversation(scene)
+        batch = tokenizer.apply_chat_template(chat, return_assistant_tokens_mask=True)
+        ids, learned = batch["input_ids"][0], batch["assistant_masks"][0] != 0
+        assert np.sum(ids == tokenizer.token_to_id("<image>")) == 1
+        answers = [message["content"] for message in chat[1::2]]
+        assert tokenizer.decode(ids[learned]) == "".join(f" {text}<|end|>" for text in answers)
+        texts = [scene_caption(scene), *(question.text for question in scene_questions(scene))]
+        vocabulary |= {word for text in texts for word in re.findall(r"\w+", text)}
+    assert len(vocabulary) > 80
+    assert all(len(tokenizer([f" {word}"])["input_ids"][0]) == 1 for word in vocabulary)
+    typed = [{"role": "user", "content": "what is an <image>?"}]
+    assert tokenizer.token_to_id("<image>") not in tokenizer.apply_chat_template(typed)["input_ids"][0]
+
+
+def test_data_for_a_clip_draws_captions_of_the_scene():
+    data = ScenesData(num_train=40, num_test=5, max_length=16)
+    assert (len(data.examples("train")), len(data.examples("test"))) == (40, 5)
+    example = data.examples("test")[2]
+    np.testing.assert_array_equal(example["image"], TEST[2].draw())
+    assert example["texts"] == scene_captions(TEST[2]) and example["label"] is None
+    built = [data.build(processor=fake_processor(), batch_size=8, seed=seed) for seed in (0, 0, 1)]
+    first, again, other = (next(iter(batches)) for batches in built)
+    np.testing.assert_array_equal(first["pixel_values"], again["pixel_values"])
+    np.testing.assert_array_equal(first["input_ids"], again["input_ids"])
+    assert not np.array_equal(first["ids"], other["ids"])
+    identities = {ScenesData(content_seed=seed).source().identity for seed in (0, 1)}
+    assert len(identities) == 2
+
+
+def test_text_data_packs_told_conversations_with_answers_to_learn():
+    processor = SimpleNamespace(tokenizer=scene_tokenizer(300))
+    data = SceneTextData(num_train=30, sequence_length=192)
+    batches = data.build(processor=processor, batch_size=4, seed=0)
+    batch = next(iter(batches))
+    assert batch["input_ids"].shape == (4, 192)
+    row = batch["input_ids"][0][batch["segment_ids"][0] == 1]
+    learned = batch["labels"][0][batch["segment_ids"][0] == 1]
+    text = processor.tokenizer.decode(row)
+    talks = [
+        processor.tokenizer.apply_chat_template(told_conversation(s), tokenize=False) for s in TRAIN[:30]
+    ]
+    talk = talks.index(text)
+    answers = [message["content"] for message in told_conversation(TRAIN[talk])[1::2]]
+    assert processor.tokenizer.decode(learned[learned >= 0]) == "".join(f" {a}<|end|>" for a in answers)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: make_scene(0, image_size=50), "image_size=50"),
+        (lambda: make_scene(0, image_size=33), "image_size=33"),
+        (lambda: make_scene(0, "validation"), "validation"),
+        (lambda: ScenesData(image_size=31), "image_size=31"),
+        (lambda: ScenesData(num_train=0), "num_train"),
+        (lambda: SceneTextData(num_test=0), "num_test"),
+        (lambda: SceneTextData(path="x.jsonl"), "reads no files"),
+    ],
+)
+def test_bad_settings_are_refused(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
