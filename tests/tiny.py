@@ -8,7 +8,9 @@ import jax
 import numpy as np
 from flax.core import FrozenDict
 
+from mmjax.language import DecoderConfig, ExpertsConfig
 from mmjax.models import (
+    CausalLM,
     CLIPConfig,
     CLIPForImageClassification,
     CLIPModel,
@@ -65,6 +67,37 @@ MODELS = {
         SiglipTextModel(SIGLIP.text_config),
         SiglipForImageClassification(SIGLIP),
     )
+}
+
+DECODER: dict[str, Any] = dict(
+    **TEXTS, **SIZES, num_key_value_heads=2, head_dim=6, hidden_dropout=0.1, eos_token_id=31
+)
+# Between them: grouped queries, a window in every other layer, both norms around, caps, experts.
+DECODERS = {
+    "plain": CausalLM(DecoderConfig(**DECODER)),
+    "many": CausalLM(
+        DecoderConfig(
+            **DECODER,
+            model_type="gemma2",
+            norm_order="both",
+            norm_offset=1.0,
+            sliding_window=3,
+            layer_types=("sliding_attention", "full_attention"),
+            attention_softcap=5.0,
+            logits_softcap=3.0,
+            scale_embeddings=True,
+            qkv_bias=True,
+            tie_word_embeddings=True,
+        )
+    ),
+    "experts": CausalLM(
+        DecoderConfig(
+            **DECODER,
+            model_type="qwen3_moe",
+            qk_norm=True,
+            experts=ExpertsConfig(num_experts=4, num_experts_per_tok=2, intermediate_size=8),
+        )
+    ),
 }
 
 

@@ -32,7 +32,10 @@ from decoder_workers import PROMPT, Case
 from turns import HERE, MEMORY, Runner, describe, machine, ratio, take_turns
 
 WORKER = "decoder_workers.py"
-FORMS = {"mmjax": ["bfloat16", "float32"], "transformers": ["eager bfloat16", "eager float32"]}
+FORMS = {
+    "mmjax": ["bfloat16", "bfloat16 transposed", "float32"],
+    "transformers": ["eager bfloat16", "eager float32"],
+}
 # Compiling with a static cache is only worth its minutes where the eager form is slowest: one token a time.
 COMPILED = {1: ["compiled bfloat16"], 8: []}
 NEW = 33

@@ -22,8 +22,11 @@ from mmjax.nn.outputs import ModelOutput
 from mmjax.nn.patches import interpolate_positions, patchify, unpatchify
 from mmjax.nn.rope import RopeConfig, RopeScaling, apply_rope, rope_angles, rope_frequencies, rope_tables
 from mmjax.nn.specs import parameter_specs
+from mmjax.nn.transposed import TransposedKernel, transpose_kernels
 
 __all__ = [
+    "TransposedKernel",
+    "transpose_kernels",
     "ACTIVATIONS",
     "MLP",
     "Attention",

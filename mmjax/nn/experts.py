@@ -70,6 +70,8 @@ def mix_experts(
     Returns:
         [M, D].
 
+    Deviation: no `jax.vmap`, since `jax.lax.ragged_dot` has none; more tokens are more rows.
+
     >>> ones = jnp.ones((4, 2, 3))
     >>> y = mix_experts(jnp.ones((5, 2)), jnp.ones((5, 1)), jnp.zeros((5, 1), int), ones, ones,
     ...     jnp.ones((4, 3, 2)), act="relu")

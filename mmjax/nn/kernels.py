@@ -1,19 +1,25 @@
 """Kernels that are stored in another form than one array, and multiply by themselves.
 
-Such a kernel takes an array's place in a parameter tree. It is a pytree whose first leaf has the kernel's
-shape, so that modules, `jax.jit`, `jax.lax.scan` over layers and shardings treat it as they treat an array;
-`mmjax.nn.dense` asks it for the product.
+Such a kernel takes an array's place in a parameter tree. It is a pytree, so that `jax.jit` and `jax.lax.scan`
+over layers treat it as they treat an array; `mmjax.nn.dense` asks it for the product.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from mmjax.errors import ConfigError
 
 Array = jax.Array
+#: Every kernel inside the layers; embeddings, norms, biases and the output layer stay as they are.
+LAYER_KERNELS = r".*layers_\d+/.*/kernel"
 
 
 @runtime_checkable
@@ -117,3 +123,24 @@ def as_array(kernel: Any) -> Array:
     (1, 2)
     """
     return kernel.array() if isinstance(kernel, StoredKernel) else kernel
+
+
+def replace_kernels(params: Mapping[str, Any], pattern: str, store: Callable[[Array], Any]) -> dict[str, Any]:
+    """A parameter tree with some kernels stored in another form, one made after another.
+
+    Args:
+        params: nested parameters.
+        pattern: regular expression that has to match a parameter's whole path.
+        store: an array [D, F] to a stored kernel.
+
+    Raises:
+        ConfigError: nothing matches, or something that does is no array [D, F].
+    """
+    flat = flatten_dict(dict(params), sep="/")
+    chosen = [path for path in flat if re.fullmatch(pattern, path)]
+    if not chosen:
+        raise ConfigError(f"no parameter matches {pattern!r}; one is {next(iter(flat), 'none')!r}")
+    for path in chosen:
+        if getattr(flat[path], "ndim", 0) != 2:
+            raise ConfigError(f"{path} is no kernel [D, F]; narrow the pattern {pattern!r}")
+    return unflatten_dict({**flat, **{path: store(flat[path]) for path in chosen}}, sep="/")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from mmjax.nn.attention import attention, merge_heads, split_heads
 from mmjax.nn.config import Execution, TransformerConfig
 from mmjax.nn.functional import dense, dropout, layer_norm, rms_norm
 from mmjax.nn.initializers import Initializer, layer_kernel, lecun_normal, normal, ones, zeros
+from mmjax.nn.kernels import StoredKernel
 from mmjax.parallel import LogicalAxes
 
 Array = jax.Array
@@ -33,8 +35,14 @@ def param(
     """Declare a float32 parameter with the logical names of its axes beside it.
 
     The names travel in the "intermediates" collection, which `init` returns only when asked
-    (`mmjax.nn.parameter_specs` asks), so that parameters stay plain arrays.
+    (`mmjax.nn.parameter_specs` asks), so that parameters stay plain arrays. A kernel that is
+    stored in another form comes back as it is.
     """
+    if module.has_variable("params", name):
+        stored = module.get_variable("params", name)
+        if isinstance(stored, StoredKernel):
+            chex.assert_equal(tuple(stored.shape), tuple(shape))
+            return stored  # type: ignore[return-value]
     if module.is_initializing() and module.is_mutable_collection("intermediates"):
         module.sow("intermediates", name, AxesNote(axes))
     return module.param(name, init, shape, jnp.float32)

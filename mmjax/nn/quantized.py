@@ -15,23 +15,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
-from mmjax.errors import ConfigError
 from mmjax.nn.functional import accumulator
-from mmjax.nn.kernels import StoredKernel, as_array
+from mmjax.nn.kernels import LAYER_KERNELS, StoredKernel, as_array, replace_kernels
 
 Array = jax.Array
 _LARGEST = 127
-#: Every kernel inside the layers; embeddings, norms, biases and the output layer stay as they are.
-LAYER_KERNELS = r".*layers_\d+/.*/kernel"
 
 
 @jax.tree_util.register_dataclass
@@ -110,15 +105,7 @@ def quantize(params: Mapping[str, Any], pattern: str = LAYER_KERNELS) -> dict[st
     >>> type(tree["layers_0"]["mlp"]["kernel"]).__name__
     'Int8Kernel'
     """
-    flat = flatten_dict(dict(params), sep="/")
-    chosen = [path for path in flat if re.fullmatch(pattern, path)]
-    if not chosen:
-        raise ConfigError(f"quantize: no parameter matches {pattern!r}; one is {next(iter(flat), 'none')!r}")
-    for path in chosen:
-        if getattr(flat[path], "ndim", 0) != 2:
-            raise ConfigError(f"quantize: {path} is no kernel [D, F]; narrow the pattern {pattern!r}")
-    stored = {path: quantize_kernel(flat[path]) for path in chosen}
-    return unflatten_dict({**flat, **stored}, sep="/")
+    return replace_kernels(params, pattern, quantize_kernel)
 
 
 def dequantize(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,111 @@
+"""Kernels stored as their transpose, for parameters that do not train and are multiplied with few rows.
+
+On CPU, XLA's bfloat16 product of a few rows, which is what decoding a token is, takes half of the time where
+the kernel is the first factor and lies as [F, D]: it is then read once, as it lies, by all cores. Folders of
+torch have kernels so, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mmjax.nn.functional import accumulator
+from mmjax.nn.kernels import LAYER_KERNELS, replace_kernels
+
+Array = jax.Array
+# On CPU: fewer rows than the first take as long or longer; with more than the second the usual order is as
+# fast.
+_FEWEST, _FEW = 4, 64
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TransposedKernel:
+    """A kernel [D, F] that is kept as [F, D].
+
+    Attributes:
+        values: [F, D].
+
+    >>> TransposedKernel(jnp.ones((3, 2))).shape
+    (2, 3)
+    """
+
+    values: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[D, F]."""
+        return (*self.values.shape[:-2], self.values.shape[-1], self.values.shape[-2])
+
+    @property
+    def dtype(self) -> Any:
+        """The values'."""
+        return self.values.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return self.values.nbytes
+
+    def product(self, x: Array, dtype: Any) -> Array:
+        """x [..., D], in `dtype`, times the kernel, summed and returned in at least float32."""
+        rows = x.reshape(-1, x.shape[-1]).astype(dtype)
+        product = functools.partial(_product, dtype=dtype)
+        if accumulator(dtype) != dtype and 0 < len(rows) <= _FEW:
+            few = functools.partial(_product_of_few, dtype=dtype)
+            y = lax.platform_dependent(rows, self.values, cpu=few, default=product)
+        else:
+            y = product(rows, self.values)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def array(self) -> Array:
+        """The kernel as one array [D, F]."""
+        return self.values.T
+
+
+def _product(rows: Array, values: Array, *, dtype: Any) -> Array:
+    """[R, D] times [F, D] transposed, in at least float32."""
+    contract = (((1,), (1,)), ((), ()))
+    return lax.dot_general(rows, values.astype(dtype), contract, preferred_element_type=accumulator(dtype))
+
+
+def _product_of_few(rows: Array, values: Array, *, dtype: Any) -> Array:
+    """The same, with the kernel as the first factor."""
+    padded = jnp.pad(rows, ((0, max(0, _FEWEST - len(rows))), (0, 0)))
+    y = _product(values, padded, dtype=dtype)
+    # Without the barrier XLA takes the transpose into the product, and with it the order of the factors.
+    return lax.optimization_barrier(y).T[: len(rows)]
+
+
+def transpose_kernels(
+    params: Mapping[str, Any], pattern: str = rf"{LAYER_KERNELS}|.*lm_head/kernel"
+) -> dict[str, Any]:
+    """Store kernels as their transposes, for generating text in bfloat16 on a CPU.
+
+    The values stay the same to the bit; `mmjax.nn.quantized.dequantize` makes plain arrays of them again.
+
+    Args:
+        params: nested parameters.
+        pattern: regular expression that has to match a parameter's whole path.
+
+    Returns:
+        The same tree with a TransposedKernel in place of each matching [D, F] array; models take it as it is.
+
+    Raises:
+        ConfigError: nothing matches, or something that does is no kernel.
+
+    >>> tree = transpose_kernels({"layers_0": {"mlp": {"kernel": jnp.ones((2, 3))}}})
+    >>> tree["layers_0"]["mlp"]["kernel"].values.shape
+    (3, 2)
+    """
+    return replace_kernels(params, pattern, lambda kernel: TransposedKernel(kernel.T))
+
+
+__all__ = ["TransposedKernel", "transpose_kernels"]

@@ -1,0 +1,58 @@
+"""Transposed kernels: the same numbers, however many rows, under every transformation."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax.errors import ConfigError
+from mmjax.nn import Execution, TransposedKernel, dense, transpose_kernels
+from mmjax.nn.quantized import dequantize
+from tests.tiny import DECODERS, random_batch, random_params
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5, 64, 65])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_product_is_that_of_the_array(dtype, rows):
+    kernel = jnp.asarray(RNG.standard_normal((24, 10)), dtype)
+    stored, x = TransposedKernel(kernel.T), jnp.asarray(RNG.standard_normal((rows, 24)), dtype)
+    assert stored.shape == kernel.shape and stored.dtype == kernel.dtype
+    assert stored.nbytes == kernel.nbytes
+    wide = np.asarray(kernel, np.float64)
+    expected = np.asarray(x, np.float64) @ wide
+
+    def product(x):
+        return dense(x, stored, keep_sums=True)
+
+    for y in (product(x), jax.jit(product)(x), jax.vmap(product)(x[:, None])[:, 0]):
+        assert y.dtype == jnp.float32
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    assert product(x.reshape(rows, 1, 24)).shape == (rows, 1, 10)
+    gradient = jax.jit(jax.grad(lambda x: (product(x) * expected).sum()))(x)
+    assert gradient.dtype == x.dtype
+    target = expected @ wide.T
+    close = 1e-5 if dtype == "float32" else 1e-2
+    assert np.abs(np.asarray(gradient, np.float64) - target).max() <= close * np.abs(target).max()
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_a_model_gives_the_same(scan):
+    model = DECODERS["plain"]
+    model = model.clone(execution=Execution(scan_layers=scan))
+    params, batch = random_params(model), random_batch(model)
+    stored = transpose_kernels(params)
+    assert isinstance(stored["lm_head"]["kernel"], TransposedKernel)
+    logits = jax.jit(model.apply)({"params": stored}, **batch).logits
+    np.testing.assert_allclose(logits, model.apply({"params": params}, **batch).logits, rtol=1e-5, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, dequantize(stored), params)
+
+
+def test_bad_patterns():
+    with pytest.raises(ConfigError, match="no parameter matches"):
+        transpose_kernels({"a": jnp.ones((2, 2))}, "b")
+    with pytest.raises(ConfigError, match="a is no kernel"):
+        transpose_kernels({"a": jnp.ones(2)}, "a")
