@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from mmjax.data.digits import DIGIT_NAMES, DIGIT_TEMPLATES, DigitsData
     from mmjax.data.examples import Example, Examples, batches
     from mmjax.data.faults import FAULTS, BadSample, FaultTally, check_faults, fault_counts
+    from mmjax.data.features import FeatureStore, write_features
     from mmjax.data.folders import ImageFolderData
+    from mmjax.data.instruction_batches import InstructionBatches
+    from mmjax.data.instructions import InstructionData
     from mmjax.data.mixture import MixtureData
     from mmjax.data.packing import PackedBatches
     from mmjax.data.pipeline import Batches, BatchIterator
@@ -36,7 +39,10 @@ _HOMES = {
     "digits": ("DIGIT_NAMES", "DIGIT_TEMPLATES", "DigitsData"),
     "examples": ("Example", "Examples", "batches"),
     "faults": ("FAULTS", "BadSample", "FaultTally", "check_faults", "fault_counts"),
+    "features": ("FeatureStore", "write_features"),
     "folders": ("ImageFolderData",),
+    "instruction_batches": ("InstructionBatches",),
+    "instructions": ("InstructionData",),
     "mixture": ("MixtureData",),
     "packing": ("PackedBatches",),
     "pipeline": ("BatchIterator", "Batches"),
@@ -70,7 +76,10 @@ __all__ = [
     "Example",
     "Examples",
     "FaultTally",
+    "FeatureStore",
     "ImageFolderData",
+    "InstructionBatches",
+    "InstructionData",
     "MixtureData",
     "PackedBatches",
     "Question",
@@ -92,4 +101,5 @@ __all__ = [
     "scene_questions",
     "scene_tokenizer",
     "told_conversation",
+    "write_features",
 ]

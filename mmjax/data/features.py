@@ -68,7 +68,8 @@ class FeatureStore:
         Raises:
             BadSample: "missing_file": its features are not here.
         """
-        return self._place(key)[2:4]
+        _, _, height, width = self._place(key)
+        return height, width
 
     def read(self, key: str, tiles: int) -> np.ndarray:
         """Features of an image, float32 [tiles, P, Dv].

@@ -179,7 +179,7 @@ class InstructionBatches:
             if piece is not None:
                 pieces.append(piece)
         filled = fill_row(pieces, replace(self.shape, length=length, tiles=tiles))
-        return {**filled, "ids": np.int64(row)}, broken
+        return {**filled, "ids": np.array(row, np.int64)}, broken
 
     def batch(self, number: int) -> Batch:
         """One batch: a function of its number alone.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,11 +34,8 @@ class Turns:
 
     def cut(self, length: int) -> Turns:
         """The first `length` tokens; the tiles stay."""
-        ends = {name: None if x is None else x[:length] for name, x in self._tokens().items()}
-        return replace(self, **ends)
-
-    def _tokens(self) -> dict[str, np.ndarray | None]:
-        return {"ids": self.ids, "learned": self.learned, "index": self.index, "weights": self.weights}
+        index, weights = (None if x is None else x[:length] for x in (self.index, self.weights))
+        return Turns(self.ids[:length], self.learned[:length], index, weights, self.tiles)
 
 
 def expand(

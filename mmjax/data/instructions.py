@@ -49,6 +49,7 @@ class InstructionData:
         tiles_per_row: most images (tiles, where they are cut into tiles) of a packed row; None: as many as
             there are tokens for.
         image_first: a message's only `<image>` moves to its beginning, as in LLaVA's training.
+        pad_images: pad images to squares, where the processor can, or do not; None: as the processor does.
         mismatch: what becomes of a row whose images are not as many as its places for them: "skip" leaves it
             out as any other fault, "refuse" stops.
         features: folder of features that `mmjax.training.keep_features` computed; the images are then not
@@ -65,6 +66,7 @@ class InstructionData:
     sequence_length: int = 2048
     tiles_per_row: int | None = None
     image_first: bool = True
+    pad_images: bool | None = None
     mismatch: Literal["skip", "refuse"] = "skip"
     features: str | None = None
     max_fault_share: float = 0.05
@@ -169,6 +171,7 @@ class InstructionData:
                 "source": _identity(source, lengths),
                 "rows": len(good),
                 "arrange": f"{self.arrange} {self.sequence_length} {self.tiles_per_row}",
+                "pad_images": self.pad_images,
                 "split": split,
                 "seed": seed,
                 "batch_size": batch_size,
@@ -184,6 +187,14 @@ class InstructionData:
 
             tokenizer = tokenizer.with_chat_template(chat_format(self.template))
             processor = dataclasses.replace(processor, tokenizer=tokenizer)
+        if self.pad_images is not None:
+            try:
+                eyes = dataclasses.replace(processor.image_processor, do_pad=self.pad_images)
+            except (AttributeError, TypeError) as error:
+                raise ConfigError(
+                    f"InstructionData.pad_images: the processor cannot pad ({error})"
+                ) from error
+            processor = dataclasses.replace(processor, image_processor=eyes)
         if tokenizer.chat_template is None:
             raise ConfigError("InstructionData: the processor has no chat template: set template")
         return Conversations(

@@ -206,6 +206,24 @@ class Tokenizer:
         other._templates = {"default": (chat_template, "chat_template")}
         return other
 
+    def with_special_tokens(self, tokens: Sequence[str]) -> Tokenizer:
+        """The same tokenizer with more special tokens; new ones get ids after all others."""
+        if not isinstance(self._backend, FastBackend):
+            raise DataError(
+                "special tokens are added to a tokenizer.json: this folder has another vocabulary"
+            )
+        name = (
+            "extra_special_tokens"
+            if self._config.get("extra_special_tokens")
+            else "additional_special_tokens"
+        )
+        known = self._config.get(name) or []
+        known = list(known.values()) if isinstance(known, dict) else list(known)
+        config = {**self._config, name: [*known, *(token for token in tokens if token not in known)]}
+        made = Tokenizer(self._backend.copy(config), config)
+        made._templates = self._templates
+        return made
+
     def apply_chat_template(
         self,
         messages: Sequence[Any],

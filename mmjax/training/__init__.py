@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING
 from mmjax.lazy import attach
 
 if TYPE_CHECKING:
+    from mmjax.training.compose import LlavaFromParts
     from mmjax.training.experiment import Experiment, Stage, Train
+    from mmjax.training.features import keep_features
     from mmjax.training.interrupts import Interrupted
     from mmjax.training.loop import train
     from mmjax.training.lora import (
@@ -20,7 +22,15 @@ if TYPE_CHECKING:
     from mmjax.training.optimizer import Rule, make_optimizer
     from mmjax.training.outcome import Outcome, export_hub, read_metrics
     from mmjax.training.overrides import apply_overrides
-    from mmjax.training.peft import export_adapter, export_merged, load_adapter, save_adapter
+    from mmjax.training.parts import ExportParts, load_parts, save_parts, with_parts
+    from mmjax.training.peft import (
+        ExportAdapter,
+        export_adapter,
+        export_merged,
+        load_adapter,
+        load_tuned,
+        save_adapter,
+    )
     from mmjax.training.schedules import FROZEN, Constant, Cosine, Linear
     from mmjax.training.source import FromConfig, FromFolder
     from mmjax.training.state import TrainState, create_state, flatten, merge
@@ -35,10 +45,13 @@ __all__ = [
     "Contrastive",
     "Cosine",
     "Experiment",
+    "ExportAdapter",
+    "ExportParts",
     "FromConfig",
     "FromFolder",
     "Interrupted",
     "Linear",
+    "LlavaFromParts",
     "LoraConfig",
     "LoraFromFolder",
     "LoraModel",
@@ -59,7 +72,10 @@ __all__ = [
     "export_merged",
     "flatten",
     "init_lora",
+    "keep_features",
     "load_adapter",
+    "load_parts",
+    "load_tuned",
     "make_optimizer",
     "make_train_step",
     "mean_loss",
@@ -67,13 +83,17 @@ __all__ = [
     "merge_lora",
     "read_metrics",
     "save_adapter",
+    "save_parts",
     "train",
     "unmerge_lora",
+    "with_parts",
 ]
 __getattr__, __dir__ = attach(
     __name__,
     {
+        "compose": ("LlavaFromParts",),
         "experiment": ("Experiment", "Stage", "Train"),
+        "features": ("keep_features",),
         "interrupts": ("Interrupted",),
         "loop": ("train",),
         "lora": (
@@ -88,7 +108,15 @@ __getattr__, __dir__ = attach(
         "optimizer": ("Rule", "make_optimizer"),
         "outcome": ("Outcome", "export_hub", "read_metrics"),
         "overrides": ("apply_overrides",),
-        "peft": ("export_adapter", "export_merged", "load_adapter", "save_adapter"),
+        "parts": ("ExportParts", "load_parts", "save_parts", "with_parts"),
+        "peft": (
+            "ExportAdapter",
+            "export_adapter",
+            "export_merged",
+            "load_adapter",
+            "load_tuned",
+            "save_adapter",
+        ),
         "schedules": ("FROZEN", "Constant", "Cosine", "Linear"),
         "source": ("FromConfig", "FromFolder"),
         "state": ("TrainState", "create_state", "flatten", "merge"),

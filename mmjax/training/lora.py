@@ -264,7 +264,10 @@ class LoraFromFolder(FromFolder):
         path, dtype, execution, processor: as in `FromFolder`.
         lora: the adapter's config.
         name: the adapter's name.
-        adapter: folder in PEFT's format to go on from; its config then counts.
+        adapter: folder in PEFT's format to go on from; its config then counts, and what was trained whole
+            beside the adapter replaces the base's.
+        whole: regular expression of whole paths; parameters of the base that match it, such as a bridge's,
+            train too, so they are kept in float32.
         int8: store the base's layer kernels as int8 (see `mmjax.nn.quantized`); each device then holds them
             whole.
     """
@@ -272,21 +275,28 @@ class LoraFromFolder(FromFolder):
     lora: LoraConfig = LoraConfig()
     name: str = "default"
     adapter: str | None = None
+    whole: str = ""
     int8: bool = False
 
     def open(self, data: Any, key: Array, mesh: Mesh) -> OpenedModel:
         """Load the folder into the mesh, and put the adapter beside it."""
+        from mmjax.training.parts import chosen, with_parts
+
         opened = super().open(data, key, mesh)
-        base = merge(opened.params())
+        flat = opened.params()
+        if self.whole:
+            flat |= {path: x.astype("float32") for path, x in chosen(merge(flat), self.whole).items()}
+        base = merge(flat)
         if self.int8:
             base = quantize(base)
         config = self.lora
         if self.adapter is None:
             adapter = init_lora(jax.random.fold_in(key, zlib.crc32(b"lora")), base, config)
         else:
-            from mmjax.training.peft import load_adapter
+            from mmjax.training.peft import load_tuned
 
-            adapter, config = load_adapter(self.adapter, opened.model)
+            adapter, config, trained = load_tuned(self.adapter, opened.model)
+            base = with_parts(base, trained)
         flat = _kernels({"base": base, "lora": {self.name: adapter}})
         whole = replicated(mesh)
         return OpenedModel(

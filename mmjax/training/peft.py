@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
@@ -16,24 +18,26 @@ from safetensors.numpy import save_file
 from mmjax.checkpoints.files import TensorReader, read_json
 from mmjax.checkpoints.rules import expand
 from mmjax.checkpoints.transforms import LINEAR
-from mmjax.checkpoints.weights import write_json
+from mmjax.checkpoints.weights import named_tensors, write_json
 from mmjax.errors import CheckpointError, ConfigError
 from mmjax.models.family import family_of_model
 from mmjax.nn import parameter_specs
 from mmjax.training.lora import Adapter, LoraConfig
 from mmjax.training.outcome import Outcome
+from mmjax.training.parts import chosen, read_parts
 from mmjax.training.state import flatten, merge
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _KEY = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
 _READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"}
+_SEEING = ("language_model.", "multi_modal_projector.", "vision_tower.", "image_newline")
 # What the tensors of the file say by themselves, and what is about the making of the folder.
 _IGNORED = {
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "task_type"),
     *("inference_mode", "base_model_name_or_path", "revision", "auto_mapping", "peft_version"),
     *("megatron_core", "megatron_config", "runtime_config", "qalora_group_size", "bias", "init_lora_weights"),
-    *("ensure_weight_tying", "parent_library"),
+    *("ensure_weight_tying", "parent_library", "modules_to_save"),
 }
 # Initial values that leave the base as it is; others, such as PiSSA's, change it when a folder is opened.
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
@@ -51,7 +55,30 @@ def load_adapter(folder: str | os.PathLike[str], model: Any) -> tuple[dict[str, 
 
     Raises:
         CheckpointError: a file is missing or damaged, a tensor has no place in the model, or the folder uses
-            a kind of adapter that is not LoRA as such (DoRA, trained biases or whole modules, PiSSA, ...).
+            a kind of adapter that is not LoRA as such (DoRA, trained biases, PiSSA, ...) or holds whole
+            modules beside it (see `load_tuned`).
+    """
+    adapter, config, whole = load_tuned(folder, model)
+    if whole:
+        raise CheckpointError(
+            f"{Path(folder) / WEIGHTS}: beside the adapter it holds {next(iter(whole))} whole: use load_tuned"
+        )
+    return adapter, config
+
+
+def load_tuned(
+    folder: str | os.PathLike[str], model: Any
+) -> tuple[dict[str, Any], LoraConfig, dict[str, jax.Array]]:
+    """Open an adapter with the parameters that were trained whole beside it, such as a bridge.
+
+    Args:
+        folder, model: as in `load_adapter`.
+
+    Returns:
+        The adapter, its config, and the whole parameters, flat by path (see `with_parts`).
+
+    Raises:
+        CheckpointError: as `load_adapter`, but for whole modules.
     """
     folder = Path(folder)
     where = folder / CONFIG
@@ -61,15 +88,24 @@ def load_adapter(folder: str | os.PathLike[str], model: Any) -> tuple[dict[str, 
     if not (folder / WEIGHTS).is_file():
         raise CheckpointError(f"{folder / WEIGHTS}: no such file; save the adapter as safetensors")
     flat: dict[str, Any] = {}
+    others: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         reader = TensorReader([folder / WEIGHTS], stack)
         for name in reader.shapes:
             match = _KEY.fullmatch(name)
+            if match is None and name.startswith(_PREFIX):
+                others[name] = name.removeprefix(_PREFIX)
+                continue
             if match is None or match["module"] not in kernels:
                 raise CheckpointError(f"{folder / WEIGHTS}: {name} has no place in this model")
             module = kernels[match["module"]].removesuffix("/kernel")
             flat[f"{module}/{match['part'].lower()}"] = jnp.asarray(np.ascontiguousarray(reader.read(name).T))
-    return merge(flat), _config(hub, flat, _modules(model), where)
+        whole = read_parts(reader, model, others, str(folder / WEIGHTS))
+    if hub.get("modules_to_save") and not whole:
+        raise CheckpointError(
+            f"{where}: modules_to_save={hub['modules_to_save']!r}, but {WEIGHTS} has no tensors of theirs"
+        )
+    return merge(flat), _config(hub, flat, _modules(model), where), whole
 
 
 def save_adapter(
@@ -79,6 +115,7 @@ def save_adapter(
     config: LoraConfig,
     *,
     base: str | None = None,
+    whole: Mapping[str, Any] | None = None,
 ) -> None:
     """Write an adapter that peft opens on top of the model's own folder.
 
@@ -87,6 +124,7 @@ def save_adapter(
         model: the model that the adapter belongs to.
         adapter, config: as `mmjax.training.lora` has them.
         base: name or path of the base model's folder, as the adapter's folder should name it.
+        whole: parameters that were trained whole, flat by path; peft loads the modules that they are of.
 
     Raises:
         CheckpointError: a kernel is part of a fused tensor in the checkpoint, so that PEFT has no name for
@@ -106,6 +144,8 @@ def save_adapter(
         for path in paths
         for part in ("a", "b")
     }
+    for name, array in named_tensors(family_of_model(model)[0].rules(model), merge(whole or {})):
+        tensors[_PREFIX + _in_memory([name, *_other_names(model, name)])] = array
     odd = {path: config.rank_and_alpha(path) for path in paths}
     hub = {
         "peft_type": "LORA",
@@ -118,6 +158,7 @@ def save_adapter(
         "rank_pattern": {modules[p][0]: rank for p, (rank, _) in odd.items() if rank != config.rank},
         "alpha_pattern": {modules[p][0]: alpha for p, (_, alpha) in odd.items() if alpha != config.alpha},
         "target_modules": _target_names(paths, modules),
+        "modules_to_save": sorted({path.split("/")[0] for path in whole or {} if "/" in path}) or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -133,17 +174,30 @@ def save_adapter(
         raise CheckpointError(f"{folder}: cannot be written ({error.strerror or error})") from None
 
 
-def export_adapter(outcome: Outcome, folder: Path) -> None:
-    """An experiment's `export`: the adapters in PEFT's format (a folder each, where there are several)."""
-    configs = dict(outcome.model.configs)
-    for name, config in configs.items():
-        place = folder if len(configs) == 1 else folder / name
-        save_adapter(
-            place, outcome.model.model, outcome.params["lora"][name], config, base=outcome.model.base
-        )
-        tokenizer = getattr(outcome.processor, "tokenizer", None)
-        if tokenizer is not None:
-            tokenizer.save(place)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportAdapter:
+    """An experiment's `export`: the adapters in PEFT's format (a folder each, where there are several).
+
+    Args:
+        whole: regular expression of whole paths; parameters of the base that match it were trained too, and
+            are written with the adapter.
+    """
+
+    whole: str = ""
+
+    def __call__(self, outcome: Outcome, folder: Path) -> None:
+        configs = dict(outcome.model.configs)
+        whole = chosen(outcome.params["base"], self.whole) if self.whole else None
+        for name, config in configs.items():
+            place = folder if len(configs) == 1 else folder / name
+            adapter, base = outcome.params["lora"][name], outcome.model.base
+            save_adapter(place, outcome.model.model, adapter, config, base=base, whole=whole)
+            tokenizer = getattr(outcome.processor, "tokenizer", None)
+            if tokenizer is not None:
+                tokenizer.save(place)
+
+
+export_adapter = ExportAdapter()
 
 
 def export_merged(outcome: Outcome, folder: Path) -> None:
@@ -159,9 +213,28 @@ def _modules(model: Any) -> dict[str, list[str]]:
     found = {}
     for rule in expand(family_of_model(model)[0].rules(model), specs):
         if rule.transform == LINEAR and len(rule.targets) == 1 and "{e}" not in rule.source:
-            names = (rule.source, *rule.aliases)
-            found[rule.targets[0]] = [name.removesuffix(".weight") for name in names]
+            names = [name.removesuffix(".weight") for name in (rule.source, *rule.aliases)]
+            own = _in_memory(names)
+            found[rule.targets[0]] = [own, *(name for name in names if name != own)]
     return found
+
+
+def _other_names(model: Any, source: str) -> tuple[str, ...]:
+    specs = flatten(parameter_specs(model))
+    rules = expand(family_of_model(model)[0].rules(model), specs)
+    return next((rule.aliases for rule in rules if rule.source == source), ())
+
+
+def _in_memory(names: Sequence[str]) -> str:
+    """Of a tensor's or module's names the one that transformers has for it in memory, as peft sees it.
+
+    Folders of models that see keep older names, which transformers maps when it opens them.
+    """
+    for prefix in ("lm_head", "model.language_model.", "model.multi_modal_projector.", "model.vision_tower."):
+        for name in names:
+            if names[0].startswith(_SEEING) and name.startswith(prefix):
+                return name
+    return names[0]
 
 
 def _target_names(paths: list[str], modules: Mapping[str, list[str]]) -> list[str]:

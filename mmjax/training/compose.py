@@ -1,0 +1,158 @@
+"""A LLaVA model put together from the folder of its eyes and the folder of its brain, with a new bridge."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from mmjax.errors import ConfigError
+from mmjax.parallel import param_shardings
+from mmjax.training.source import OpenedModel
+from mmjax.training.state import flatten
+
+IMAGE_TOKEN = "<image>"
+_MULTIPLE = 64  # the vocabulary's size is rounded up, so that it can be split over devices
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlavaFromParts:
+    """LLaVA 1.0 or 1.5 before its training: eyes and brain as they come, and a bridge that knows nothing yet.
+
+    Args:
+        eyes: folder or hub id of a model with a vision transformer, such as CLIP.
+        brain: folder or hub id of a causal language model; safetensors and tokenizer.json.
+        projector: kind of the bridge, "linear" (1.0) or "mlp2x" (1.5).
+        bridge: file or folder with a bridge that was saved before (see `load_parts`); None: a new one.
+        feature_layer, feature_select: which of the eyes' features are seen (see `LlavaConfig`).
+        template: chat template that the model's folder gets, one of `mmjax.language.CHAT_FORMATS`; None: the
+            brain's own.
+        pad: whether the model's images are padded to squares.
+        dtype: the parameters' dtype; None keeps the folders'. The bridge, which trains, is float32.
+        execution: how the model computes.
+    """
+
+    eyes: str
+    brain: str
+    projector: str = "mlp2x"
+    bridge: str | None = None
+    feature_layer: int = -2
+    feature_select: str = "default"
+    template: str | None = "vicuna"
+    pad: bool = True
+    dtype: str | None = None
+    execution: Any = None
+
+    def open(self, data: Any, key: jax.Array, mesh: Mesh) -> OpenedModel:
+        """Load both folders into the mesh, and put the bridge between them."""
+        from mmjax.models.hub import load
+        from mmjax.models.llava import Llava
+        from mmjax.nn import Execution, parameter_specs
+        from mmjax.training.parts import load_parts
+
+        seeing, eyes, eyes_processor = load(self.eyes, dtype=self.dtype, mesh=mesh)
+        tower = _tower(eyes, self.eyes)
+        speaking, brain, brain_processor = load(self.brain, dtype=self.dtype, mesh=mesh)
+        tokenizer = getattr(brain_processor, "tokenizer", None)
+        if tokenizer is None:
+            raise ConfigError(f"LlavaFromParts.brain: {self.brain} has no tokenizer.json")
+        tokenizer = tokenizer.with_special_tokens([IMAGE_TOKEN])
+        config = self._config(seeing, speaking, tokenizer)
+        processor = self._processor(config, eyes_processor, tokenizer)
+        model = Llava(config, execution=self.execution or Execution())
+        nested = parameter_specs(model)
+        specs = flatten(nested)
+        shardings: dict[str, NamedSharding] = flatten(param_shardings(mesh, nested))
+
+        def params() -> dict[str, jax.Array]:
+            flat = {f"vision_tower/{path}": x for path, x in flatten(tower).items()}
+            flat |= {f"language_model/{path}": x for path, x in flatten(brain).items()}
+            made = {} if self.bridge is None else load_parts(self.bridge, model)
+            drawn = jax.random.fold_in(key, zlib.crc32(b"bridge"))
+            flat |= _new_bridge(model, drawn, [path for path in specs if path.startswith("multi_modal")])
+            flat |= {path: x.astype(jnp.float32) for path, x in made.items()}
+            grown = {path: _grown(flat[path], spec.shape) for path, spec in specs.items()}
+            return {path: jax.device_put(x, shardings[path]) for path, x in grown.items()}
+
+        kept = {f"vision_tower/{path}": x.dtype for path, x in flatten(tower).items()}
+        kept |= {f"language_model/{path}": x.dtype for path, x in flatten(brain).items()}
+        shapes = {
+            path: jax.ShapeDtypeStruct(spec.shape, kept.get(path, jnp.float32))
+            for path, spec in specs.items()
+        }
+        return OpenedModel(
+            model=model, processor=processor, shapes=shapes, shardings=shardings, params=params
+        )
+
+    def _config(self, seeing: Any, speaking: Any, tokenizer: Any) -> Any:
+        from mmjax.models.llava import LlavaConfig
+
+        vision = getattr(seeing.config, "vision_config", seeing.config)
+        text = speaking.config
+        size = max(text.vocab_size, tokenizer.vocab_size)
+        if size > text.vocab_size:
+            size = -(-size // _MULTIPLE) * _MULTIPLE
+        return LlavaConfig(
+            vision_config=vision,
+            text_config=dataclasses.replace(text, vocab_size=size),
+            image_token_id=tokenizer.token_to_id(IMAGE_TOKEN),
+            projector=self.projector,
+            vision_feature_layer=self.feature_layer,
+            vision_feature_select_strategy=self.feature_select,  # type: ignore[arg-type]
+        )
+
+    def _processor(self, config: Any, eyes: Any, tokenizer: Any) -> Any:
+        from mmjax.language import chat_format
+        from mmjax.models.llava import ImageTokens
+        from mmjax.models.llava.processor import LlavaProcessor
+        from mmjax.vision.processing import ImageProcessor
+        from mmjax.vision.tiles import SquareImageProcessor
+
+        own = getattr(eyes, "image_processor", None)
+        if own is None:
+            raise ConfigError(f"LlavaFromParts.eyes: {self.eyes} has no preprocessor_config.json")
+        names = [field.name for field in dataclasses.fields(ImageProcessor)]
+        settings = {name: getattr(own, name) for name in names if name != "image_processor_type"}
+        if self.template is not None:
+            tokenizer = tokenizer.with_chat_template(chat_format(self.template))
+        return LlavaProcessor(
+            SquareImageProcessor(**settings, do_pad=self.pad),
+            tokenizer,
+            image_tokens=ImageTokens.of(config),
+            image_token=IMAGE_TOKEN,
+        )
+
+
+def _tower(params: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    if "vision_model" not in params:
+        raise ConfigError(f"LlavaFromParts.eyes: {where} has no vision model that LLaVA can look through")
+    return params["vision_model"]
+
+
+def _new_bridge(model: Any, key: jax.Array, paths: list[str]) -> dict[str, jax.Array]:
+    """A new model's parameters at some paths; nothing else of it is made."""
+
+    def init(key: jax.Array) -> dict[str, jax.Array]:
+        flat = flatten(model.init(key, **model.example_batch())["params"])
+        return {path: flat[path] for path in paths}
+
+    return jax.jit(init)(key)
+
+
+def _grown(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A table with rows (or columns) for new tokens, which begin as the mean of all others."""
+    for axis, (have, want) in enumerate(zip(x.shape, shape, strict=True)):
+        if want > have:
+            mean = jnp.mean(x, axis=axis, keepdims=True, dtype=np.float32).astype(x.dtype)
+            new = jnp.broadcast_to(mean, (*x.shape[:axis], want - have, *x.shape[axis + 1 :]))
+            x = jnp.concatenate([x, new], axis=axis)
+    return x
+
+
+__all__ = ["LlavaFromParts"]

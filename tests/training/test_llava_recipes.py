@@ -1,0 +1,182 @@
+"""LLaVA's recipes at toy size, on ten rows: from eyes and brain to an aligned, then a tuned model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import mmjax
+from mmjax.errors import CheckpointError, ConfigError
+from mmjax.language import DecoderConfig, train_bpe_tokenizer
+from mmjax.models import CausalLM, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, Processor
+from mmjax.parallel import make_mesh
+from mmjax.training import LlavaFromParts, flatten, load_parts, load_tuned, mean_loss, with_parts
+from mmjax.training.cli import load_experiment, main
+from mmjax.training.lora import merge_lora
+from mmjax.vision import ImageProcessor
+from tests.data.seeing import WORDS, row, write_images, write_rows
+from tests.tiny import random_params
+
+FOLDER = Path(__file__).parents[2] / "experiments"
+SIZES: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+}
+SMALL = [
+    "--data.sequence_length=192",
+    "--data.arrange=pack",
+    "--train.steps=2",
+    "--train.batch_size=8",
+    "--data.num_threads=0",
+    "--model.execution.remat=false",
+    "--model.execution.dtype=float32",
+]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of eyes and of a brain that knows no images, and ten rows."""
+    work = tmp_path_factory.mktemp("parts")
+    vision = CLIPVisionConfig(image_size=8, patch_size=4, projection_dim=6, **SIZES)
+    text = CLIPTextConfig(
+        vocab_size=32, max_position_embeddings=8, projection_dim=6, eos_token_id=31, **SIZES
+    )
+    eyes = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=6))
+    mmjax.save(work / "eyes", eyes, random_params(eyes), Processor(ImageProcessor(size=8, crop_size=8)))
+    tokenizer = train_bpe_tokenizer(WORDS, 300, bos_token="<s>", eos_token="</s>")
+    brain = CausalLM(
+        DecoderConfig(
+            vocab_size=tokenizer.vocab_size,
+            max_position_embeddings=512,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            **SIZES,
+        )
+    )
+    mmjax.save(work / "brain", brain, random_params(brain), Processor(tokenizer=tokenizer))
+    names = write_images(work / "images", [(8, 8), (16, 9), (9, 21), (30, 10), (5, 5)])
+    rows = [row(name, "<image>\nwhat is this?", "a red cat" * n) for n, name in enumerate(names, start=1)]
+    rows += [row(name, "<image>\nand that?", "a blue dog", "what?", "the mat.") for name in names]
+    write_rows(work / "rows.json", rows)
+    return work
+
+
+def run(recipe: str, work: Path, parts: Path, *flags: str) -> Path:
+    """Runs a recipe and gives the folder of what it leaves."""
+    data = [f"--data.path={parts / 'rows.json'}", f"--data.images={parts / 'images'}"]
+    assert main([str(FOLDER / f"{recipe}.py"), "--workdir", str(work), *data, *SMALL, *flags]) == 0
+    return work / "models" / recipe.replace("_", "-")
+
+
+@pytest.fixture(scope="module")
+def aligned(parts: Path) -> Path:
+    flags = [f"--model.eyes={parts / 'eyes'}", f"--model.brain={parts / 'brain'}", "--model.dtype=float32"]
+    return run("llava_1_5_alignment", parts, parts, *flags)
+
+
+def test_alignment_moves_the_bridge_and_leaves_it_by_itself(parts, aligned):
+    model, params, processor = mmjax.load(aligned)
+    flat = flatten(params)
+    for folder, theirs, ours in (
+        ("eyes", "vision_model/", "vision_tower/"),
+        ("brain", "", "language_model/"),
+    ):
+        for path, leaf in flatten(mmjax.load(parts / folder)[1]).items():
+            if path.startswith(theirs):
+                mine = np.asarray(flat[ours + path.removeprefix(theirs)])
+                np.testing.assert_array_equal(mine[tuple(map(slice, leaf.shape))], leaf)
+    assert model.config.text_config.vocab_size == 320 and model.config.image_token_id == 300
+    table = np.asarray(flat["language_model/model/embed_tokens/embedding"])
+    np.testing.assert_allclose(table[300:], np.tile(table[:300].mean(0), (20, 1)), rtol=1e-5)
+    batch = processor(
+        images=[np.zeros((9, 30, 3), np.uint8)],
+        messages=[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}],
+    )
+    text = processor.tokenizer.decode([i for i in batch["input_ids"][0] if i != 300])
+    assert text.endswith("user's questions. USER: \nwhat? ASSISTANT:")
+    assert model.apply({"params": params}, **batch).logits.shape[-1] == 320
+    bridge = load_parts(aligned, model)
+    assert sorted(bridge) == [
+        f"multi_modal_projector/linear_{n}/{kind}" for n in (1, 2) for kind in ("bias", "kernel")
+    ]
+    for path, leaf in bridge.items():
+        np.testing.assert_array_equal(leaf, flat[path])
+    assert (aligned / "parts.safetensors").stat().st_size < (aligned / "model.safetensors").stat().st_size / 5
+
+
+def test_a_bridge_goes_onto_the_same_parts_again(parts, aligned, tmp_path):
+    flags = [f"--model.eyes={parts / 'eyes'}", f"--model.brain={parts / 'brain'}", "--model.dtype=float32"]
+    flags += [f"--model.bridge={aligned}", "--stages.0.rules.0.schedule.peak=0"]
+    again = run("llava_1_5_alignment", tmp_path, parts, *flags)
+    for one, other in zip(*(flatten(mmjax.load(f)[1]).values() for f in (aligned, again)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_full_tuning_moves_bridge_and_brain_and_not_the_eyes(parts, aligned, tmp_path):
+    tuned = run("llava_1_5_instruction", tmp_path, parts, f"--model.path={aligned}", "--train.accumulate=1")
+    before, after = (flatten(mmjax.load(folder)[1]) for folder in (aligned, tuned))
+    for path, leaf in after.items():
+        same = np.array_equal(leaf, before[path])
+        assert same == path.startswith("vision_tower"), path
+
+
+def test_lora_leaves_a_small_folder_that_goes_onto_the_base(parts, aligned, tmp_path):
+    flags = [f"--model.path={aligned}", "--lora=true", "--adapter.rank=2", "--model.dtype=float32"]
+    flags += ["--adapter.dropout=0", f"--data.test_path={parts / 'rows.json'}"]
+    tuned = run("llava_1_5_instruction", tmp_path, parts, *flags)
+    model, params, processor = mmjax.load(aligned)
+    adapter, config, whole = load_tuned(tuned, model)
+    assert config.rank == 2 and all(path.startswith("language_model") for path in flatten(adapter))
+    assert len(flatten(adapter)) == 2 * 2 * 7 and len(whole) == 4
+    assert (tuned / "adapter_model.safetensors").stat().st_size < (
+        aligned / "model.safetensors"
+    ).stat().st_size
+    merged = merge_lora(with_parts(params, whole), {"x": adapter}, {"x": config})
+    changed = {
+        path for path, leaf in flatten(merged).items() if not np.array_equal(leaf, flatten(params)[path])
+    }
+    assert {path.split("/")[0] for path in changed} == {"language_model", "multi_modal_projector"}
+    # The loss that the run ended with is that of the base with what it left.
+    experiment = load_experiment(str(FOLDER / "llava_1_5_instruction.py"))
+    data = dataclasses.replace(
+        experiment.data,
+        path=str(parts / "rows.json"),
+        images=str(parts / "images"),
+        sequence_length=192,
+        arrange="pack",
+    )
+    batches = data.build(processor=processor, batch_size=8, seed=0)
+    result = json.loads((tmp_path / "output/llava-1-5-instruction/result.json").read_text())
+    loss = mean_loss(model, merged, [batches.batch(0)])
+    np.testing.assert_allclose(loss, result["metrics"]["test_loss"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llava_1_5_alignment", "llava_1_5_instruction"])
+def test_recipes_are_hashable_data_with_the_published_settings(name):
+    experiment = load_experiment(str(FOLDER / f"{name}.py"))
+    assert hash(experiment) == hash(dataclasses.replace(experiment))
+    assert experiment.train.steps * experiment.train.batch_size >= (558_128 if "align" in name else 665_298)
+
+
+def test_parts_that_do_not_fit_are_named(parts, aligned, tmp_path):
+    model, *_ = mmjax.load(aligned)
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_parts(tmp_path / "none.safetensors", model)
+    with pytest.raises(CheckpointError, match="has no place in this model"):
+        load_parts(parts / "eyes" / "model.safetensors", mmjax.load(parts / "brain")[0])
+
+    for change, words in (
+        ({"eyes": str(parts / "brain")}, "has no vision model"),
+        ({"brain": str(parts / "eyes")}, "has no tokenizer.json"),
+    ):
+        source = LlavaFromParts(**{"eyes": str(parts / "eyes"), "brain": str(parts / "brain"), **change})
+        with pytest.raises(ConfigError, match=words):
+            source.open(None, jax.random.key(0), make_mesh({"data": 1}, jax.devices()[:1])).params()
