@@ -11,9 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.errors import ConfigError, DataError
+from mmjax.generation import images
 
 # Arrays with one entry per token, which move with their tokens. Others go to the model as they are.
-PER_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "mm_token_type_ids")
+PER_TOKEN = (
+    *("input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "mm_token_type_ids"),
+    *images.PER_TOKEN,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +52,14 @@ def bucket(length: int, most: int | None = None) -> int:
     return size if most is None else max(length, min(size, most))
 
 
-def prepare(batch: Mapping[str, Any], most: int | None = None) -> Prompts:
+def prepare(batch: Mapping[str, Any], most: int | None = None, model: Any = None) -> Prompts:
     """Align a batch's rows at their last tokens.
 
     Args:
         batch: input_ids int [B, T] or inputs_embeds [B, T, D]; attention_mask [B, T] where rows are padded,
             on either side; more arguments of the model.
         most: the longest input that the model takes; None: any.
+        model: lays out images and says how many features they have; None: there are none.
 
     Raises:
         DataError: nothing to begin with, an empty row, or arrays that do not fit each other.
@@ -72,6 +77,7 @@ def prepare(batch: Mapping[str, Any], most: int | None = None) -> Prompts:
             raise DataError(f"{name}: positions are counted here; leave it out of the batch")
     name = "input_ids" if "input_ids" in inputs else "inputs_embeds"
     first = np.asarray(inputs[name])
+    inputs = images.lay_out(model, inputs)
     if first.ndim != (2 if name == "input_ids" else 3) or 0 in first.shape:
         raise DataError(f"{name}: expected rows of at least one token, got shape {first.shape}")
     if name == "input_ids" and not np.issubdtype(first.dtype, np.integer):
@@ -91,15 +97,17 @@ def prepare(batch: Mapping[str, Any], most: int | None = None) -> Prompts:
             value = np.asarray(inputs[key])
             if value.shape[:2] != mask.shape:
                 raise DataError(f"{key}: shape {value.shape}, but {name} has {mask.shape}")
-            inputs[key] = _aligned(value, begin, end, length, size)
+            inputs[key] = _aligned(value, begin, end, length, size, -1 if key == "image_index" else 0)
     ids = inputs.get("input_ids")
     if ids is not None:
         inputs["input_ids"] = ids.astype(np.int32)
+    if "image_index" in inputs:
+        inputs = images.rounded(inputs, model.config.tile_rows)
     return Prompts(inputs, length, len(mask))
 
 
-def _aligned(value: np.ndarray, begin: Any, end: Any, length: int, size: int) -> np.ndarray:
-    result = np.zeros((value.shape[0], size, *value.shape[2:]), value.dtype)
+def _aligned(value: np.ndarray, begin: Any, end: Any, length: int, size: int, fill: int = 0) -> np.ndarray:
+    result = np.full((value.shape[0], size, *value.shape[2:]), fill, value.dtype)
     for row, (start, stop) in enumerate(zip(begin, end, strict=True)):
         result[row, length - (stop - start) : length] = value[row, start:stop]
     return result
@@ -151,8 +159,13 @@ def check_length(model: Any, length: int, new: int) -> None:
         )
 
 
-def check_ids(model: Any, ids: np.ndarray | None, name: str = "input_ids") -> None:
+def check_ids(
+    model: Any, ids: np.ndarray | None, name: str = "input_ids", index: np.ndarray | None = None
+) -> None:
     """Refuse ids that are not the model's; indexing would give some other row in silence.
+
+    Args:
+        index: image_index; an image's id is not looked up, so it may be any.
 
     Raises:
         DataError: an id outside of the vocabulary.
@@ -161,7 +174,8 @@ def check_ids(model: Any, ids: np.ndarray | None, name: str = "input_ids") -> No
     size = getattr(config, "vocab_size", None)
     if ids is None or size is None:
         return
-    wrong = ids[(ids < 0) | (ids >= size)]
+    outside = (ids < 0) | (ids >= size)
+    wrong = ids[outside if index is None else outside & (index[..., 0] < 0)]
     if wrong.size:
         raise DataError(f"{name}: id {wrong.flat[0]} is outside the model's vocabulary of {size}")
 
@@ -191,7 +205,8 @@ def ending_ids(model: Any, stop_ids: int | Sequence[int] | None) -> tuple[int, .
 def padding_id(model: Any, stop_ids: Sequence[int]) -> int:
     """What follows a finished text: the config's padding id, else the first that ends texts, else 0."""
     config = getattr(model.config, "text_config", model.config)
-    own = getattr(config, "pad_token_id", None)
+    own = getattr(model.config, "pad_token_id", None)
+    own = getattr(config, "pad_token_id", None) if own is None else own
     # Some configs write -1 for "none".
     return own if own is not None and own >= 0 else (stop_ids[0] if stop_ids else 0)
 

@@ -74,9 +74,9 @@ def score(
     ((1, 2), [[[True, True], [True, False]]])
     """
     check_model(model)
-    prompts = prepare(batch, longest_input(model))
+    prompts = prepare(batch, longest_input(model), model)
     ids, mask = _as_arrays(answers, prompts.rows)
-    check_ids(model, prompts.inputs.get("input_ids"))
+    check_ids(model, prompts.inputs.get("input_ids"), index=prompts.inputs.get("image_index"))
     check_ids(model, ids, "answers")
     longest = ids.shape[-1]
     check_length(model, prompts.length, longest)

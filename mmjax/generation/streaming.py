@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.errors import ConfigError, DataError
+from mmjax.generation import images
 from mmjax.generation.loop import resume, start
 from mmjax.generation.prompts import bucket, cache_dtype, longest_input, prepare
 from mmjax.generation.samplers import BeamSearch, Greedy, Sampler
@@ -27,10 +28,12 @@ class Conversation:
     Attributes:
         cache: of the model, one row, whose first slots hold the tokens of `ids`.
         ids: the tokens.
+        keys: what tells them apart: of images, what they show.
     """
 
     cache: Any
     ids: tuple[int, ...]
+    keys: tuple[Any, ...]
 
 
 def stream(
@@ -51,8 +54,8 @@ def stream(
     Args:
         model, params, batch, max_new_tokens, sampler, key, stop_ids, num_return_sequences, pad_id: as there;
             no beam search.
-        conversation: what the model has read already, one row. `batch` is the whole text so far; as much of
-            its beginning as the conversation shares is not computed again.
+        conversation: what the model has read already, one row. `batch` is the whole text so far, with all of
+            its images; as much of its beginning as the conversation shares is not computed again.
 
     Raises:
         ConfigError, DataError: what cannot be done as asked; before anything is computed.
@@ -75,15 +78,23 @@ def stream(
     prompts, controls = make_ready(
         model, batch, max_new_tokens, sampler, key, stop_ids, num_return_sequences, pad_id
     )
-    reused = 0
+    reused, patches = 0, getattr(model.config, "tile_rows", 0)
+    one_row = prompts.rows == 1 and "input_ids" in prompts.inputs
+    keys = images.token_keys(prompts.inputs, patches, prompts.length) if one_row else None
     if conversation is not None:
-        if prompts.rows != 1 or num_return_sequences != 1 or set(batch) - {"input_ids", "attention_mask"}:
-            raise DataError("conversation: goes on with one row of input_ids, and nothing else")
-        reused = shared(conversation.ids, prompts.inputs["input_ids"][0, : prompts.length].tolist())
+        known = {"input_ids", "attention_mask", *images.NAMES}
+        if keys is None or num_return_sequences != 1 or set(batch) - known:
+            raise DataError("conversation: goes on with one row of input_ids and its images, nothing else")
+        reused = shared(conversation.keys, keys)
     text = {name: prompts.inputs[name] for name in ("input_ids", "attention_mask") if name in prompts.inputs}
     if reused:
-        rest = prompts.inputs["input_ids"][:, reused : prompts.length]
-        prompts = prepare({"input_ids": rest}, longest_input(model))
+        rest = {name: value for name, value in prompts.inputs.items() if name in images.MEDIA}
+        for name in ("input_ids", *images.PER_TOKEN):
+            if name in prompts.inputs:
+                rest[name] = prompts.inputs[name][:, reused : prompts.length]
+        # Images that were seen before are not looked at again.
+        rest = images.used_only(rest, patches) if "image_index" in rest else rest
+        prompts = prepare(rest, longest_input(model), model)
     size, room = prompts.inputs["attention_mask"].shape[1], bucket(max_new_tokens)
     length = bucket(reused + size + room)
     if conversation is not None and reused:
@@ -109,7 +120,7 @@ def stream(
     )
     go_on = functools.partial(resume, params, controls, model=model, plan=plan)
     ids = text["input_ids"][0, : reused + prompts.length].tolist() if "input_ids" in text else None
-    return TokenStream(begin, go_on, max_new_tokens, ids, reused)
+    return TokenStream(begin, go_on, max_new_tokens, ids, reused, keys)
 
 
 class TokenStream(Iterator[np.ndarray]):
@@ -121,9 +132,12 @@ class TokenStream(Iterator[np.ndarray]):
         reused: how many tokens of the prompt were not computed again.
     """
 
-    def __init__(self, begin: Any, go_on: Any, limit: int, ids: list[int] | None, reused: int) -> None:
+    def __init__(
+        self, begin: Any, go_on: Any, limit: int, ids: list[int] | None, reused: int, keys: list[Any] | None
+    ) -> None:
         self.reused = reused
         self._begin, self._go_on, self._limit, self._ids = begin, go_on, limit, ids
+        self._keys = keys
         self._state: Any = None
         self._made: list[int] = []
         self._step = 0
@@ -162,13 +176,14 @@ class TokenStream(Iterator[np.ndarray]):
         Raises:
             ConfigError: nothing was made yet, or the prompts are not one row of ids.
         """
-        if self._state is None or self._ids is None or self._state.token.shape[0] != 1:
+        if self._state is None or self._ids is None or self._keys is None or len(self._state.token) != 1:
             raise ConfigError("conversation: there is one after the first token of a single row of input_ids")
         # The newest token is not in the cache yet.
-        return Conversation(self._state.cache, tuple(self._ids + self._made[:-1]))
+        made = self._made[:-1]
+        return Conversation(self._state.cache, tuple(self._ids + made), tuple(self._keys + made))
 
 
-def shared(before: Sequence[int], now: Sequence[int]) -> int:
+def shared(before: Sequence[Any], now: Sequence[Any]) -> int:
     """How many tokens two texts begin with together, at most all but the last of `now`.
 
     >>> shared([1, 2, 3, 4], [1, 2, 9]), shared([1, 2], [1, 2])

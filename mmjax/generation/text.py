@@ -136,8 +136,8 @@ def make_ready(
         raise ConfigError("num_return_sequences: a greedy text has no others; give sampler=Sampling(...)")
     if isinstance(sampler, BeamSearch) and copies > sampler.num_beams:
         raise ConfigError(f"num_return_sequences: {copies} of only {sampler.num_beams} beams")
-    prompts = prepare(batch, longest_input(model))
-    check_ids(model, prompts.inputs.get("input_ids"))
+    prompts = prepare(batch, longest_input(model), model)
+    check_ids(model, prompts.inputs.get("input_ids"), index=prompts.inputs.get("image_index"))
     check_length(model, before + prompts.length, max_new_tokens)
     stops = ending_ids(model, stop_ids)
     # So that one stop id or four are one program.

@@ -207,13 +207,12 @@ def anyres_layout(
     else:
         part = _single(picture.reshape(-1), 0, 4 if most_tiles else width)
         new = rows, columns
-    body = Layout(part.index.reshape(*new, -1), part.weights.reshape(*new, -1), 0)
-    ends = _single(np.full(new[0], NEWLINE), 0, body.index.shape[-1])
-    whole = Layout(
-        np.concatenate([body.index, ends.index[:, None]], axis=1).reshape(-1, body.index.shape[-1]),
-        np.concatenate([body.weights, ends.weights[:, None]], axis=1).reshape(-1, body.index.shape[-1]),
-        0,
+    ends, many = _single(np.full(new[0], NEWLINE), 0, part.width), part.width
+    index, weights = (
+        np.concatenate([body.reshape(*new, many), end[:, None]], axis=1).reshape(-1, many)
+        for body, end in ((part.index, ends.index), (part.weights, ends.weights))
     )
+    whole = Layout(index, weights, 0)
     base = plain_layout(each, width=whole.width)
     return _joined([base, whole], 1 + count[0] * count[1])
 

@@ -121,4 +121,7 @@ def pictures(*sizes: tuple[int, int], seed: int = 3) -> list[Image.Image]:
 
 def tensors(batch: Any) -> dict[str, Any]:
     """The reference's batch as torch tensors of what its models take."""
-    return {name: value if isinstance(value, torch.Tensor) else torch.tensor(value) for name, value in batch.items()}
+    return {
+        name: value if isinstance(value, torch.Tensor) else torch.tensor(value)
+        for name, value in batch.items()
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from mmjax.language.decoder import DecoderOutput
 from mmjax.models.assemblies import Model
 from mmjax.models.causal_lm.model import CausalLM, CausalLMOutput, kept_positions
 from mmjax.models.llava.config import LlavaConfig
-from mmjax.models.llava.layout import index_of_batch
+from mmjax.models.llava.layout import index_of_batch, layout_arrays
 from mmjax.nn import KVCache, param
 from mmjax.nn.initializers import normal
 from mmjax.vision.transformer import VisionTransformer
@@ -84,7 +85,33 @@ class Llava(Model):
 
     def init_cache(self, batch_size: int, length: int, dtype: Any = None) -> KVCache:
         """An empty cache of the brain's, as `CausalLM.init_cache`."""
-        return CausalLM(self.config.text_config, self.execution).init_cache(batch_size, length, dtype)
+        brain = CausalLM(self.config.text_config, self.execution, parent=None)
+        return brain.init_cache(batch_size, length, dtype)
+
+    def lay_out(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch with image_index (and image_weights), from its ids and the sizes of its images.
+
+        Args:
+            batch: concrete arrays as `__call__` takes them.
+        """
+        config, result = self.config, dict(batch)
+        if result.get("input_ids") is None:
+            raise ConfigError("image_index: inputs_embeds do not say where images stand; give it too")
+
+        def shape(name: str, rank: int) -> tuple[int, ...] | None:
+            value = result.get(name)
+            return None if value is None else (*np.shape(value)[:-rank], config.tile_rows)
+
+        index, weights = layout_arrays(
+            config,
+            np.asarray(result["input_ids"]),
+            shape("pixel_values", 3) or shape("image_features", 2),
+            shape("pixel_values_videos", 3),
+            result.get("image_sizes"),
+            result.get("batch_num_images"),
+        )
+        result["image_index"] = index
+        return result if weights is None else {**result, "image_weights": weights}
 
     def embed_tokens(self, input_ids: Array) -> Array:
         """int [B, T] to the brain's embeddings [B, T, D]."""

@@ -259,7 +259,7 @@ class LlavaProcessor(Processor):
         places = ids == number if number is not None else np.zeros(len(ids), bool)
         if int(places.sum()) != len(lengths):
             raise DataError(
-                f"{what}s: the prompt has {int(places.sum())} {token} places, but {len(lengths)} {what}s "
+                f"{what}s: the prompt has {places.sum()} {token} places, but {len(lengths)} {what}s "
                 f"were given; give one {what} for each place"
             )
         counts[places] = lengths
