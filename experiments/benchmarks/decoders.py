@@ -32,12 +32,20 @@ from decoder_workers import PROMPT, Case
 from turns import HERE, MEMORY, Runner, describe, machine, ratio, take_turns
 
 WORKER = "decoder_workers.py"
+# By batch. The float32 forms, and compiling with a static cache, are measured where they take least time: one
+# prompt.
 FORMS = {
-    "mmjax": ["bfloat16", "bfloat16 transposed", "float32"],
-    "transformers": ["eager bfloat16", "eager float32"],
+    1: [
+        ("mmjax", "bfloat16"),
+        ("mmjax", "bfloat16 transposed"),
+        ("mmjax", "float32"),
+        ("transformers", "eager bfloat16"),
+        ("transformers", "compiled bfloat16"),
+        ("transformers", "eager float32"),
+    ],
+    8: [("mmjax", "bfloat16"), ("mmjax", "bfloat16 transposed"), ("transformers", "eager bfloat16")],
 }
-# Compiling with a static cache is only worth its minutes where the eager form is slowest: one token a time.
-COMPILED = {1: ["compiled bfloat16"], 8: []}
+LIBRARIES = ("mmjax", "transformers")
 NEW = 33
 PARTS = ("speed", "loading", "compiling", "starting")
 TINY_LLAMA = {
@@ -69,13 +77,11 @@ def prepare(folder: Path) -> None:
 
 def speed(folder: Path, batch: int, rounds: int, retakes: int) -> dict[str, Any]:
     """First-token times and decode rates of every form at one batch size, and the best forms' ratios."""
-    forms = [(library, form) for library, names in FORMS.items() for form in names]
-    forms += [("transformers", form) for form in COMPILED[batch]]
     turns: dict[int, list[Runner]] = {}
     for new in (1, NEW):
         case = Case(batch, new).name
         print(f"  batch {batch}, {new} new", flush=True)
-        start = [functools.partial(Runner.start, WORKER, *form, case, str(folder)) for form in forms]
+        start = [functools.partial(Runner.start, WORKER, *form, case, str(folder)) for form in FORMS[batch]]
         turns[new] = take_turns(start, rounds, retakes)
     return {"batch": batch, **compare(turns[1], turns[NEW], batch)}
 
@@ -88,7 +94,7 @@ def compare(first: list[Runner], whole: list[Runner], batch: int) -> dict[str, A
     found: dict[str, Any] = {}
     for name, runners in (("first", first), ("decode", whole)):
         ours, theirs = (
-            min((r for r in runners if r.library == library), key=lambda r: r.median) for library in FORMS
+            min((r for r in runners if r.library == library), key=lambda r: r.median) for library in LIBRARIES
         )
         found[name] = {"best": [ours.form, theirs.form], "ratio": ratio(ours, theirs)}
     found["forms"] = [
@@ -180,7 +186,7 @@ def report(results: dict[str, Any]) -> str:
             ("first", "first_seconds", "s"),
             ("decode", "tokens_per_second", "tokens/s"),
         ):
-            for library, form in zip(FORMS, result[name]["best"], strict=True):
+            for library, form in zip(LIBRARIES, result[name]["best"], strict=True):
                 cells.append(f"{forms[library, form][field]:.2f} {unit} ({form})")
             middle, low, high = result[name]["ratio"]
             cells.append(f"**{middle:.2f}** ({low:.2f} to {high:.2f})")
@@ -263,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = Path(name)
         prepare(folder)
         measure: dict[str, Callable[[], Any]] = {
-            "speed": lambda: [speed(folder, batch, rounds, options.retakes) for batch in COMPILED],
+            "speed": lambda: [speed(folder, batch, rounds, options.retakes) for batch in FORMS],
             "loading": lambda: loading(folder, rounds),
             "compiling": compiling,
             "starting": lambda: starting(folder, 2),

@@ -18,7 +18,7 @@ INDEX = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
 _DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 # A map that more than this was read from is made anew.
-_MAPPED_BYTES = 128 << 20
+_MAPPED_BYTES = 32 << 20
 
 # Published configs nest about five deep. Deeper ones parse, but exhaust the stack when they are written.
 _MAX_DEPTH = 64
@@ -123,14 +123,14 @@ class _MappedFile:
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, as stored."""
-        if self._taken > _MAPPED_BYTES:
-            self.close()
-            self._open()
         try:
             tensor = self.handle.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path}: tensor {name} cannot be read ({error})") from None
         self._taken += tensor.nbytes
+        if self._taken > _MAPPED_BYTES:
+            self.close()
+            self._open()
         return tensor
 
     def close(self) -> None:

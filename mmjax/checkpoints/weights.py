@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -59,13 +60,18 @@ def load_params(
     mesh = None if mesh is None else auto_mesh(mesh)
     params: dict[str, jax.Array] = {}
     for targets, group in itertools.groupby(links, key=lambda entry: entry.targets):
-        entries = list(group)
-        pieces = entries[0].transform.load(reader.read(entries[0].source))
-        if entries[0].index is not None:
-            pieces = [_stack(pieces[0], entries, reader)]
-        for target, piece in zip(targets, pieces, strict=True):
-            params[target] = _place(piece, flat[target], dtype, mesh)
+        pieces = _read(list(group), reader)
+        for target in targets:
+            # Nothing here keeps a host copy while the next tensor is read.
+            params[target] = _place(pieces.pop(0), flat[target], dtype, mesh)
     return unflatten_dict(params, sep="/")
+
+
+def _read(entries: Sequence[Link], reader: TensorReader) -> list[np.ndarray]:
+    pieces = entries[0].transform.load(reader.read(entries[0].source))
+    if entries[0].index is None:
+        return list(pieces)
+    return [_stack(pieces[0], entries, reader)]
 
 
 def _stack(first: np.ndarray, entries: Sequence[Link], reader: TensorReader) -> np.ndarray:
@@ -92,16 +98,33 @@ def _check_dtypes(reader: TensorReader, names: list[str], dtype: str | None) -> 
 
 
 def _place(piece: np.ndarray, spec: ParamSpec, dtype: str | None, mesh: Mesh | None) -> jax.Array:
-    """One array on its device(s); every device gets a copy of its own part only."""
+    """One array on its device(s); every device gets a copy of its own part only, one after another."""
     target = jnp.dtype(dtype) if dtype is not None else piece.dtype
     if mesh is None:
-        # jnp.array copies: the reader's memory is the file's.
-        return jnp.array(piece, dtype=target)
+        there, axes = _put(piece, None)
+        del piece  # nobody else has it: the host's copy goes before the device makes its own
+        return _arranged(there, axes, target).block_until_ready()
     sharding = NamedSharding(mesh, partition_spec(spec.axes, spec.shape, mesh))
+    parts = sharding.addressable_devices_indices_map(piece.shape).items()
+    arrays = [_arranged(*_put(piece[index], device), target).block_until_ready() for device, index in parts]
+    return jax.make_array_from_single_device_arrays(piece.shape, sharding, arrays, dtype=target)
+
+
+def _put(piece: np.ndarray, device: Any) -> tuple[jax.Array, tuple[int, ...]]:
+    """A piece on a device as it lies in memory, and the order of axes that makes it the piece again.
+
+    numpy takes seconds to transpose what a device transposes in no time.
+    """
+    order = sorted(range(piece.ndim), key=lambda axis: -piece.strides[axis])
     # Not ascontiguousarray: that makes a scalar an array of one entry.
-    return jax.make_array_from_callback(
-        piece.shape, sharding, lambda index: np.asarray(piece[index], dtype=target, order="C")
-    )
+    there = jax.device_put(np.asarray(piece.transpose(order), order="C"), device)
+    return there.block_until_ready(), tuple(order.index(axis) for axis in range(piece.ndim))
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "dtype"))
+def _arranged(x: jax.Array, axes: tuple[int, ...], dtype: Any) -> jax.Array:
+    # The copy is for what needs no change: on a CPU the input may be the host's own memory.
+    return jnp.copy(x.transpose(axes).astype(dtype))
 
 
 def named_tensors(rules: KeyRules, params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
