@@ -19,7 +19,7 @@ from mmjax.data.instruction_batches import GroupedOrder, InstructionBatches, Pac
 from mmjax.data.instruction_layout import RowShape
 from mmjax.data.instruction_rows import read_rows
 from mmjax.data.instruction_source import Conversations, Entry
-from mmjax.data.packing import fit_into_rows
+from mmjax.data.packing import example_row, fit_into_rows
 from mmjax.data.sources import as_path, digest
 from mmjax.data.text import files_of, tokenizer_of
 from mmjax.errors import ConfigError, DataError, MmjaxError
@@ -177,6 +177,31 @@ class InstructionData:
                 "batch_size": batch_size,
             },
         )
+
+    def example_batch(self, model: Any) -> dict[str, np.ndarray]:
+        """The arrays of the largest batch of one row, all zero, for a plan of a run.
+
+        Args:
+            model: `Llava`.
+        """
+        config, length = model.config, self.sequence_length
+        of_one = 1 + max(
+            (h * w // (config.tile[0] * config.tile[1]) for h, w in config.image_grid_pinpoints), default=0
+        )
+        of_one = of_one if config.tiled else 1
+        many = max(length // config.tile_rows, 1) if self.tiles_per_row is None else self.tiles_per_row
+        tiles = of_one if self.arrange == "group" else max(many, of_one)
+        batch = example_row(length)
+        batch["image_index"] = np.zeros((1, length, config.index_width), np.int32)
+        if config.index_width > 1:
+            batch["image_weights"] = np.zeros((1, length, config.index_width), np.float32)
+        if self.features is not None:
+            width = config.vision_config.hidden_size * len(config.feature_layers)
+            batch["tile_features"] = np.zeros((1, tiles, config.tile_rows, width), np.float32)
+        else:
+            shape = (*((1,) if config.tiled else ()), *config.tile, config.vision_config.num_channels)
+            batch["tiles"] = np.zeros((1, tiles, *shape), np.float32)
+        return batch
 
     def _source(self, processor: Any, entries: list[Entry]) -> Conversations:
         tokenizer = tokenizer_of(processor)

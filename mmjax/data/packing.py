@@ -90,6 +90,16 @@ def fit_into_rows(
     return rows
 
 
+def example_row(row_length: int) -> Batch:
+    """The arrays of a batch of one packed row, all zero.
+
+    >>> sorted(example_row(3))
+    ['attention_mask', 'input_ids', 'labels', 'position_ids', 'segment_ids']
+    """
+    names = ("input_ids", "attention_mask", "segment_ids", "position_ids", "labels")
+    return {name: np.zeros((1, row_length), np.int32) for name in names}
+
+
 @dataclass(frozen=True, kw_only=True)
 class PackedBatches:
     """An endless sequence of batches of packed rows, in an order of its own for every epoch.

@@ -15,7 +15,7 @@ import numpy as np
 from mmjax.data.config import Progress, Split, check_split
 from mmjax.data.faults import BadSample, FaultTally
 from mmjax.data.files import read_file
-from mmjax.data.packing import PackedBatches, cut_into_rows, fit_into_rows
+from mmjax.data.packing import PackedBatches, cut_into_rows, example_row, fit_into_rows
 from mmjax.data.shards import expand_braces
 from mmjax.data.sources import as_path, digest
 from mmjax.errors import ConfigError, DataError, MmjaxError
@@ -52,6 +52,10 @@ class TextData:
         _check(self)
         if self.split_on == "":
             raise ConfigError("TextData.split_on is empty: name what ends a document, or leave it out")
+
+    def example_batch(self, model: Any) -> dict[str, np.ndarray]:
+        """The arrays of a batch of one row, all zero, for a plan of a run."""
+        return example_row(self.sequence_length)
 
     def texts(self, split: Split = "train") -> Iterator[str]:
         """The documents that can be read, in order, such as to learn a vocabulary from.
@@ -135,6 +139,10 @@ class ChatData:
 
     def __post_init__(self) -> None:
         _check(self)
+
+    def example_batch(self, model: Any) -> dict[str, np.ndarray]:
+        """The arrays of a batch of one row, all zero, for a plan of a run."""
+        return example_row(self.sequence_length)
 
     def raw(self, split: Split) -> Iterator[tuple[str, bytes | BadSample]]:
         """Name and bytes of every line, or why its file cannot be read."""

@@ -75,10 +75,11 @@ class LlavaFromParts:
             flat |= {f"language_model/{path}": x for path, x in flatten(brain).items()}
             made = {} if self.bridge is None else load_parts(self.bridge, model)
             drawn = jax.random.fold_in(key, zlib.crc32(b"bridge"))
-            flat |= _new_bridge(model, drawn, [path for path in specs if path.startswith("multi_modal")])
+            flat |= _new_bridge(
+                model, drawn, {path: x for path, x in shardings.items() if path.startswith("multi_modal")}
+            )
             flat |= {path: x.astype(jnp.float32) for path, x in made.items()}
-            grown = {path: _grown(flat[path], spec.shape) for path, spec in specs.items()}
-            return {path: jax.device_put(x, shardings[path]) for path, x in grown.items()}
+            return {path: _placed(flat[path], spec.shape, shardings[path]) for path, spec in specs.items()}
 
         kept = {f"vision_tower/{path}": x.dtype for path, x in flatten(tower).items()}
         kept |= {f"language_model/{path}": x.dtype for path, x in flatten(brain).items()}
@@ -90,18 +91,43 @@ class LlavaFromParts:
             model=model, processor=processor, shapes=shapes, shardings=shardings, params=params
         )
 
-    def _config(self, seeing: Any, speaking: Any, tokenizer: Any) -> Any:
+    def open_shapes(self, mesh: Mesh) -> OpenedModel:
+        """The same as shapes, for a plan: the headers of both folders are read, and no tokenizer."""
+        from mmjax.models.llava import Llava
+        from mmjax.nn import Execution, parameter_specs
+        from mmjax.training.plan_shapes import folder_shapes
+        from mmjax.training.source import FromFolder
+
+        seeing, speaking = (
+            folder_shapes(FromFolder(path=path, dtype=self.dtype), mesh) for path in (self.eyes, self.brain)
+        )
+        config = self._config(seeing.model, speaking.model)
+        model = Llava(config, execution=self.execution or Execution())
+        nested = parameter_specs(model)
+        eyes = {path.removeprefix("vision_model/"): x for path, x in seeing.shapes.items()}
+        stored = {f"vision_tower/{path}": x.dtype for path, x in eyes.items()}
+        stored |= {f"language_model/{path}": x.dtype for path, x in speaking.shapes.items()}
+        shapes = {
+            path: jax.ShapeDtypeStruct(spec.shape, stored.get(path, jnp.float32))
+            for path, spec in flatten(nested).items()
+        }
+        shardings = flatten(param_shardings(mesh, nested))
+        return OpenedModel(model=model, processor=None, shapes=shapes, shardings=shardings, params=dict)
+
+    def _config(self, seeing: Any, speaking: Any, tokenizer: Any = None) -> Any:
+        """The model's config; without a tokenizer its vocabulary is taken to be full."""
         from mmjax.models.llava import LlavaConfig
 
         vision = getattr(seeing.config, "vision_config", seeing.config)
         text = speaking.config
-        size = max(text.vocab_size, tokenizer.vocab_size)
+        known = text.vocab_size + 1 if tokenizer is None else tokenizer.vocab_size
+        size = max(text.vocab_size, known)
         if size > text.vocab_size:
             size = -(-size // _MULTIPLE) * _MULTIPLE
         return LlavaConfig(
             vision_config=vision,
             text_config=dataclasses.replace(text, vocab_size=size),
-            image_token_id=tokenizer.token_to_id(IMAGE_TOKEN),
+            image_token_id=text.vocab_size if tokenizer is None else tokenizer.token_to_id(IMAGE_TOKEN),
             projector=self.projector,
             vision_feature_layer=self.feature_layer,
             vision_feature_select_strategy=self.feature_select,  # type: ignore[arg-type]
@@ -135,14 +161,20 @@ def _tower(params: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     return params["vision_model"]
 
 
-def _new_bridge(model: Any, key: jax.Array, paths: list[str]) -> dict[str, jax.Array]:
+def _new_bridge(model: Any, key: jax.Array, shardings: Mapping[str, NamedSharding]) -> dict[str, jax.Array]:
     """A new model's parameters at some paths; nothing else of it is made."""
 
     def init(key: jax.Array) -> dict[str, jax.Array]:
         flat = flatten(model.init(key, **model.example_batch())["params"])
-        return {path: flat[path] for path in paths}
+        return {path: flat[path] for path in shardings}
 
-    return jax.jit(init)(key)
+    return jax.jit(init, out_shardings=dict(shardings))(key)
+
+
+def _placed(x: jax.Array, shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
+    if x.shape == shape:
+        return jax.device_put(x, sharding)
+    return jax.jit(_grown, static_argnums=1, out_shardings=sharding)(x, shape)
 
 
 def _grown(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -306,3 +306,26 @@ class LoraFromFolder(FromFolder):
             shardings={path: opened.shardings.get(path.removeprefix("base/"), whole) for path in flat},
             params=lambda: flat,
         )
+
+    def open_shapes(self, mesh: Mesh) -> OpenedModel:
+        """The same as shapes, for a plan: the folder's headers are read, and a new adapter is taken."""
+        from mmjax.training.plan_shapes import folder_shapes
+
+        opened = folder_shapes(self, mesh)
+        base = merge(opened.shapes)
+        if self.int8:
+            base = jax.eval_shape(quantize, base)
+        adapter = jax.eval_shape(lambda key: init_lora(key, base, self.lora), jax.random.key(0))
+        shapes = _kernels({"base": base, "lora": {self.name: adapter}})
+        wide = re.compile(f"base/({self.whole})" if self.whole else "(?!)")
+        for path in filter(wide.fullmatch, shapes):
+            shapes[path] = jax.ShapeDtypeStruct(shapes[path].shape, "float32")
+        return OpenedModel(
+            model=LoraModel(opened.model, ((self.name, self.lora),), self.path),  # type: ignore[arg-type]
+            processor=None,
+            shapes=shapes,
+            shardings={
+                path: opened.shardings.get(path.removeprefix("base/"), replicated(mesh)) for path in shapes
+            },
+            params=dict,
+        )

@@ -40,19 +40,32 @@ def open_shapes(experiment: Experiment, mesh: Mesh) -> OpenedModel:
     """The experiment's model as shapes: no parameter is made or read, and no processor is opened.
 
     Args:
-        experiment: its model comes from a config or from a folder, of which the headers are read.
+        experiment: its model comes from a config or from a folder, of which the headers are read, or says
+            itself what it will be, by `open_shapes(mesh)`.
         mesh: what the shardings are for.
 
     Raises:
         ConfigError, CheckpointError: the model's config or folder is at fault.
     """
+    own = getattr(experiment.model, "open_shapes", None)
+    if own is not None:
+        return own(mesh)
     if isinstance(experiment.model, FromFolder):
-        return _folder_shapes(experiment.model, mesh)
+        return folder_shapes(experiment.model, mesh)
     bare: FromConfig = dataclasses.replace(experiment.model, processor=None)
     return bare.open(None, jax.random.key(experiment.train.seed), mesh)
 
 
-def _folder_shapes(source: FromFolder, mesh: Mesh) -> OpenedModel:
+def folder_shapes(source: FromFolder, mesh: Mesh) -> OpenedModel:
+    """A folder's model as shapes, from the headers of its files.
+
+    Args:
+        source: names the folder.
+        mesh: what the shardings are for.
+
+    Raises:
+        ConfigError, CheckpointError: the folder is at fault.
+    """
     from mmjax.checkpoints.files import open_tensors
     from mmjax.checkpoints.rules import link
     from mmjax.models.hub import find_folder, open_model
@@ -80,7 +93,8 @@ def batch_shapes(model: Any, loss: Any, data: Any, params: Mapping[str, Any], si
         model: its `example_batch` tells the inputs' shapes; texts are taken to come with a mask.
         loss: what it reads besides them is told by its own `example_batch`, where it has one, and taken for
             int32 [B] otherwise, as labels are.
-        data: its `max_length`, where it has one, is the texts' length.
+        data: its own `example_batch(model)`, where it has one, tells all arrays of a batch of one; else its
+            `max_length`, where it has one, is the texts' length.
         params: shapes of the parameters, flat.
         size: B.
 
@@ -90,6 +104,9 @@ def batch_shapes(model: Any, loss: Any, data: Any, params: Mapping[str, Any], si
     Raises:
         ConfigError: the loss reads something else, and does not tell what.
     """
+    told = getattr(data, "example_batch", None)
+    if told is not None:
+        return {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in told(model).items()}
     own = getattr(loss, "example_batch", None)
     examples = {**model.example_batch(1), **(own(1) if own else {})}
     shapes = {name: (x.shape[1:], x.dtype) for name, x in examples.items()}

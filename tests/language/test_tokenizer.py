@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from mmjax.errors import CheckpointError, ConfigError, DataError
+from mmjax.language.learned import train_bpe_tokenizer
 from mmjax.language.tokenizer import Tokenizer, train_clip_tokenizer
 from tests.golden.make_processor_golden import CALLS, CORPUS, TEXTS, TOKENIZER, TOKENS
 
@@ -281,3 +282,19 @@ def test_training_gives_the_same_vocabulary_in_every_process(tmp_path: Path) -> 
         subprocess.run([sys.executable, "-c", program, str(each)], check=True)
     files = [(each / "tokenizer.json").read_bytes() for each in folders]
     assert files[0] == files[1]
+
+
+def test_special_tokens_can_be_added(tmp_path):
+    made = train_bpe_tokenizer(["a cat"], 260, chat_template="{{ messages[0].content }}")
+    more = made.with_special_tokens(["<image>", "<|endoftext|>"])
+    assert more.token_to_id("<image>") == made.vocab_size == more.vocab_size - 1
+    assert made.token_to_id("<image>") is None and more.chat_template == made.chat_template
+    ids = more("a<image>cat")["input_ids"]
+    assert (ids == made.vocab_size).sum() == 1
+    more.save(tmp_path)
+    again = Tokenizer.from_folder(tmp_path)
+    np.testing.assert_array_equal(again("a<image>cat")["input_ids"], ids)
+    assert again.with_special_tokens(["<box>"]).token_to_id("<box>") == more.vocab_size
+    # A special token that is typed in a message stays text.
+    typed = more.apply_chat_template([{"role": "user", "content": "<image>"}])["input_ids"]
+    assert not (typed == made.vocab_size).any()

@@ -14,8 +14,11 @@ transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
 
 import mmjax  # noqa: E402
+from mmjax.errors import CheckpointError  # noqa: E402
 from mmjax.training.lora import LoraConfig, adapt, init_lora, merge_lora  # noqa: E402
-from mmjax.training.peft import load_adapter, save_adapter  # noqa: E402
+from mmjax.training.parts import BRIDGE, chosen, with_parts  # noqa: E402
+from mmjax.training.peft import load_adapter, load_tuned, save_adapter  # noqa: E402
+from tests.parity import llava  # noqa: E402
 from tests.parity import reference as ref  # noqa: E402
 
 # peft asks transformers by an old name.
@@ -110,3 +113,40 @@ def test_our_adapters_open_in_peft(name, folder, tmp_path):
         np.testing.assert_array_equal(one, other)
     merged = merge_lora(params, {"x": again}, {"x": same})
     ref.assert_close(model.apply({"params": merged}, IDS).logits, reference_logits(theirs.merge_and_unload()))
+
+
+def test_an_adapter_with_the_bridge_beside_it_opens_in_peft_and_comes_back(tmp_path):
+    llava.save(tmp_path / "base", llava.make("llava"))
+    model, params, processor = mmjax.load(tmp_path / "base")
+    config = LoraConfig(targets=r"language_model/.*layers_\d+/.*/kernel", rank=2, alpha=4.0)
+    generator = np.random.default_rng(4)
+
+    def noisy(x: Any) -> Any:
+        return (0.2 * generator.standard_normal(x.shape)).astype(np.float32)
+
+    adapter = jax.tree.map(noisy, init_lora(jax.random.key(0), params, config))
+    whole = {path: x + noisy(x) for path, x in chosen(params, BRIDGE).items()}
+    save_adapter(tmp_path / "tuned", model, adapter, config, base=str(tmp_path / "base"), whole=whole)
+    again, same, parts = load_tuned(tmp_path / "tuned", model)
+    for one, other in zip(jax.tree.leaves((adapter, whole)), jax.tree.leaves((again, parts)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    batch = processor(images=llava.pictures((30, 50)), text="<image>What is this?")
+    tuned = merge_lora(with_parts(params, parts), {"x": again}, {"x": same})
+    ours = model.apply({"params": tuned}, **batch).logits
+    base = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "base")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "tuned").eval()
+    with torch.no_grad():
+        expected = theirs(
+            input_ids=torch.tensor(batch["input_ids"]).long(),
+            attention_mask=torch.tensor(batch["attention_mask"]),
+            pixel_values=torch.tensor(batch["pixel_values"]).permute(0, 3, 1, 2),
+        ).logits.numpy()
+    ref.assert_close(ours, expected)
+    # What peft writes of it is read here as well.
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    adapter_back, _, whole_back = load_tuned(tmp_path / "theirs", model)
+    back = jax.tree.leaves((adapter_back, whole_back))
+    for one, other in zip(jax.tree.leaves((adapter, whole)), back, strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(CheckpointError, match="holds multi_modal_projector/.* whole: use load_tuned"):
+        load_adapter(tmp_path / "tuned", model)

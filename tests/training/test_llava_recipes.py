@@ -12,13 +12,26 @@ import numpy as np
 import pytest
 
 import mmjax
+from mmjax.data import ChatData, InstructionData
 from mmjax.errors import CheckpointError, ConfigError
 from mmjax.language import DecoderConfig, train_bpe_tokenizer
 from mmjax.models import CausalLM, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, Processor
 from mmjax.parallel import make_mesh
-from mmjax.training import LlavaFromParts, flatten, load_parts, load_tuned, mean_loss, with_parts
+from mmjax.training import (
+    LlavaFromParts,
+    LoraConfig,
+    LoraFromFolder,
+    NextToken,
+    flatten,
+    load_parts,
+    load_tuned,
+    mean_loss,
+    with_parts,
+)
 from mmjax.training.cli import load_experiment, main
 from mmjax.training.lora import merge_lora
+from mmjax.training.parts import BRIDGE
+from mmjax.training.plan_shapes import batch_shapes
 from mmjax.vision import ImageProcessor
 from tests.data.seeing import WORDS, row, write_images, write_rows
 from tests.tiny import random_params
@@ -180,3 +193,26 @@ def test_parts_that_do_not_fit_are_named(parts, aligned, tmp_path):
         source = LlavaFromParts(**{"eyes": str(parts / "eyes"), "brain": str(parts / "brain"), **change})
         with pytest.raises(ConfigError, match=words):
             source.open(None, jax.random.key(0), make_mesh({"data": 1}, jax.devices()[:1])).params()
+
+
+def test_plans_see_the_shapes_that_a_run_has(parts, aligned):
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    source = LlavaFromParts(eyes=str(parts / "eyes"), brain=str(parts / "brain"))
+    lora = LoraConfig(targets="language_model/.*_proj/kernel")
+    adapters = LoraFromFolder(path=str(aligned), dtype="bfloat16", lora=lora, whole=BRIDGE)
+    for each in (source, adapters):
+        opened, planned = each.open(None, jax.random.key(0), mesh), each.open_shapes(mesh)
+        assert planned.shapes == opened.shapes and planned.shardings.keys() == opened.shardings.keys()
+    made = adapters.open(None, jax.random.key(0), mesh).params()
+    assert {str(x.dtype) for path, x in made.items() if "multi_modal" in path} == {"float32"}
+    data = InstructionData(
+        path=str(parts / "rows.json"), images=str(parts / "images"), sequence_length=192, tiles_per_row=2
+    )
+    opened = source.open(None, jax.random.key(0), mesh)
+    batch = data.build(processor=opened.processor, batch_size=2, seed=0).batch(0)
+    planned = batch_shapes(opened.model, NextToken(), data, opened.shapes, 2)
+    assert {n: (x.shape, x.dtype) for n, x in planned.items()} == {
+        n: (x.shape, x.dtype) for n, x in batch.items() if n != "ids"
+    }
+    text = batch_shapes(opened.model, NextToken(), ChatData(path="", sequence_length=7), opened.shapes, 2)
+    assert text["input_ids"].shape == text["labels"].shape == (2, 7)
