@@ -48,7 +48,7 @@ FORMS = {
 LIBRARIES = ("mmjax", "transformers")
 NEW = 33
 PARTS = ("speed", "loading", "compiling", "starting")
-TINY_LLAMA = {
+TINY_LLAMA: dict[str, Any] = {
     "hidden_size": 2048,
     "intermediate_size": 5632,
     "num_hidden_layers": 22,

@@ -16,7 +16,7 @@ import mmjax
 from mmjax.errors import CheckpointError, ConfigError
 from mmjax.language import DecoderConfig, train_bpe_tokenizer
 from mmjax.models import CausalLM, Processor
-from mmjax.nn import Execution
+from mmjax.nn import Execution, transpose_kernels
 from mmjax.nn.kernels import AdaptedKernel
 from mmjax.nn.quantized import dequantize, quantize
 from mmjax.training import FROZEN, Constant, Experiment, NextToken, Stage, Train, flatten, train
@@ -96,6 +96,22 @@ def test_a_merged_kernel_is_the_formula_and_comes_apart_again():
         np.testing.assert_allclose(again[name], value, rtol=1e-5, atol=1e-6)
         if "layers" not in name or "norm" in name:
             np.testing.assert_array_equal(again[name], value)
+
+
+@pytest.mark.parametrize("store", [None, quantize, transpose_kernels], ids=["array", "int8", "transposed"])
+def test_text_is_generated_with_adapters_beside(store):
+    """The same greedy tokens as from merged parameters, whatever the base is stored as."""
+    model = llama()
+    base = params_of(model)
+    base = base if store is None else store(base)
+    params = {"base": base, "lora": {"one": adapter_of(params_of(model), ALL)}}
+    tuned = LoraModel(model, (("one", ALL),))
+    prompts = {"input_ids": IDS}
+    tokens = mmjax.generate(tuned, params, prompts, 12, stop_ids=())
+    merged = mmjax.generate(model, tuned.merged(params), prompts, 12, stop_ids=())
+    np.testing.assert_array_equal(tokens, merged)
+    plain = mmjax.generate(model, dequantize(base), prompts, 12, stop_ids=())
+    assert not np.array_equal(tokens, plain)
 
 
 def test_several_adapters_add_up():
