@@ -131,7 +131,8 @@ def compile_once(layers: str, what: str) -> dict[str, float]:
     config = DecoderConfig(max_position_embeddings=4096)  # the defaults are LLaMA-2-7B's
     model = CausalLM(config, execution=Execution(dtype="bfloat16", scan_layers=layers == "scanned"))
     key = jax.random.key(0)
-    params = jax.eval_shape(lambda: model.init(key, **model.example_batch())["params"])
+    example: Any = model.example_batch()
+    params = jax.eval_shape(lambda: model.init(key, **example)["params"])
     params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
     cache = jax.eval_shape(lambda: model.init_cache(1, 2 * PROMPT))
     ids = jax.ShapeDtypeStruct((1, PROMPT if what == "prefill" else 1), jnp.int32)

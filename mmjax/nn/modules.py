@@ -39,7 +39,7 @@ def param(
     stored in another form comes back as it is.
     """
     if module.has_variable("params", name):
-        stored = module.get_variable("params", name)
+        stored: Any = module.get_variable("params", name)
         if isinstance(stored, StoredKernel):
             chex.assert_equal(tuple(stored.shape), tuple(shape))
             return stored  # type: ignore[return-value]

@@ -12,9 +12,9 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 def keep_freed_memory() -> bool:
     """Let the C library keep the memory that programs free, in place of handing it back to the system.
 
-    On CPU, XLA takes a program's buffers from malloc and frees them at its end. glibc may give gigabytes back,
-    and every page of the next step is then taken and zeroed anew: a million page faults in a CLIP ViT-B/32
-    step of 32 pairs. To be called before the first large program; the process then holds the most that it
+    On CPU, XLA takes a program's buffers from malloc and frees them at its end. glibc may give gigabytes
+    back, and every page of the next step is then taken and zeroed anew: a million page faults in a CLIP
+    ViT-B/32 step of 32 pairs. To be called before the first large program; the process then holds the most that it
     ever needed.
 
     Returns:
