@@ -1,6 +1,7 @@
 """Talk to a chat model; answers are shown as they are made.
 
-Ctrl-C stops an answer. /reset begins anew, /exit (or the end of the input) leaves.
+Ctrl-C stops an answer. /image FILE shows an image with the next message, /reset begins anew, /exit (or the
+end of the input) leaves.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from mmjax.commands.generate import (
     compilation_cache,
     open_language_model,
     opening,
+    read_messages,
     sampler_of,
     show,
+    user_message,
 )
 
 
@@ -44,8 +47,13 @@ def _talk(chat: Chat) -> int:
             return 0
         if line == "/reset":
             chat.reset()
+        elif line.split(maxsplit=1)[:1] == ["/image"]:
+            try:
+                chat.show_image(line.removeprefix("/image").strip())
+            except MmjaxError as error:
+                print(f"error: {error}", file=sys.stderr)
         elif line.startswith("/") and len(line.split()) == 1:
-            print(f"error: no command {line!r}: there are /reset and /exit", file=sys.stderr)
+            print(f"error: no command {line!r}: there are /image, /reset and /exit", file=sys.stderr)
         elif line:
             try:
                 chat.answer(line)
@@ -59,19 +67,37 @@ class Chat:
 
     def __init__(self, options: argparse.Namespace, sampler: Any) -> None:
         self.options, self.sampler = options, sampler
-        self.model, self.params, self.tokenizer, self.stop_ids = open_language_model(options)
+        self.model, self.params, self.processor, self.stop_ids = open_language_model(options)
         self.reset()
-        # A folder without a template is found out now, not after the first line.
-        self._ids([{"role": "user", "content": "."}])
+        # A folder without a template, and an image that is none, are found out now, not after the first line.
+        self._batch([user_message(".", self.waiting)])
 
     def reset(self) -> None:
         """Forget what was said."""
         self.messages = opening(self.options)
         self.conversation: Any = None
+        self.waiting: list[Any] = []
+        for name in self.options.image:
+            self.show_image(name)
 
-    def _ids(self, messages: list[dict[str, str]]) -> Any:
-        batch = self.tokenizer.apply_chat_template(self.messages + messages, add_generation_prompt=True)
-        return batch["input_ids"]
+    def show_image(self, name: str) -> None:
+        """Keep an image for the next message.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        from mmjax.errors import DataError
+        from mmjax.vision import open_image
+
+        if not name:
+            raise DataError("/image: give the name of a file")
+        if not hasattr(self.processor, "encode"):
+            raise DataError(f"{name}: the model reads text only; give the folder of a model that sees")
+        # Read once: the conversation goes on from what was seen, whatever becomes of the file.
+        self.waiting.append(open_image(name, exif=True))
+
+    def _batch(self, messages: list[dict[str, Any]]) -> Any:
+        return read_messages(self.processor, self.messages + messages)
 
     def answer(self, line: str) -> None:
         """Show the answer to a line; Ctrl-C ends it, and what was said until then stands."""
@@ -80,8 +106,9 @@ class Chat:
         from mmjax.generation import stream, stream_text
         from mmjax.generation.prompts import longest_text
 
-        question = {"role": "user", "content": line}
-        ids = self._ids([question])
+        question = user_message(line, self.waiting)
+        batch = self._batch([question])
+        ids = batch["input_ids"]
         longest = longest_text(self.model)
         room = self.options.max_new_tokens
         if longest is not None:
@@ -91,7 +118,7 @@ class Chat:
         tokens = stream(
             self.model,
             self.params,
-            {"input_ids": ids},
+            batch,
             room,
             self.sampler,
             key,
@@ -101,7 +128,7 @@ class Chat:
         said: list[str] = []
 
         def heard() -> Any:
-            for piece in stream_text(tokens, self.tokenizer):
+            for piece in stream_text(tokens, self.processor.tokenizer):
                 said.append(piece)
                 yield piece
 
@@ -113,3 +140,4 @@ class Chat:
             tokens.close()
         print(flush=True)
         self.messages = [*self.messages, question, {"role": "assistant", "content": "".join(said)}]
+        self.waiting = []

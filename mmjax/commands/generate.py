@@ -1,4 +1,4 @@
-"""Let a language model go on with a text; it is shown as it is made."""
+"""Let a language model go on with a text, or answer about images; the text is shown as it is made."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import os
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,10 @@ from mmjax.commands.parser import UsageError, add_model, positive_int
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mmjax generate`."""
-    parser.add_argument("prompt", metavar="PROMPT", help="the text to go on with; '-' reads it from stdin")
+    parser.add_argument(
+        "prompt", metavar="PROMPT", nargs="?", help="the text to go on with; '-' reads it from stdin"
+    )
+    parser.add_argument("--prompt", dest="prompt_option", metavar="PROMPT", help="PROMPT, given by name")
     parser.add_argument("--chat", action="store_true", help="PROMPT is a user's message to a chat model")
     add_language_model(parser, max_new_tokens=64)
 
@@ -25,6 +28,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def add_language_model(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
     """Add the options that `generate` and `chat` share."""
     add_model(parser)
+    parser.add_argument(
+        "--image",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="an image that the first message is about; may be given several times",
+    )
     parser.add_argument("--system", metavar="TEXT", help="system message of a conversation")
     parser.add_argument(
         "--max-new-tokens",
@@ -51,10 +61,15 @@ def add_language_model(parser: argparse.ArgumentParser, max_new_tokens: int) -> 
 
 def run(options: argparse.Namespace) -> int:
     """Run `mmjax generate`."""
-    if options.system is not None and not options.chat:
+    if options.system is not None and not (options.chat or options.image):
         raise UsageError("--system is for conversations: give --chat too (see mmjax generate --help)")
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    if not prompt:
+    if options.prompt is not None and options.prompt_option is not None:
+        raise UsageError("PROMPT was given twice (see mmjax generate --help)")
+    prompt = options.prompt if options.prompt_option is None else options.prompt_option
+    if prompt is None:
+        raise UsageError("the following arguments are required: PROMPT (see mmjax generate --help)")
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    if not prompt or (options.image and not prompt.strip()):
         raise UsageError("the prompt is empty (see mmjax generate --help)")
     sampler = sampler_of(options)
     with compilation_cache(not options.no_compilation_cache):
@@ -62,17 +77,16 @@ def run(options: argparse.Namespace) -> int:
 
         from mmjax.generation import stream, stream_text
 
-        model, params, tokenizer, stop_ids = open_language_model(options)
-        if options.chat:
-            batch = tokenizer.apply_chat_template(
-                opening(options) + [{"role": "user", "content": prompt}], add_generation_prompt=True
-            )
+        model, params, processor, stop_ids = open_language_model(options)
+        tokenizer = processor.tokenizer
+        if options.chat or options.image:
+            batch = read_messages(processor, [*opening(options), user_message(prompt, options.image)])
         else:
-            batch = tokenizer(prompt)
+            batch = {"input_ids": tokenizer(prompt)["input_ids"]}
         tokens = stream(
             model,
             params,
-            {"input_ids": batch["input_ids"]},
+            batch,
             options.max_new_tokens,
             sampler,
             jax.random.key(options.seed),
@@ -83,9 +97,33 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def opening(options: argparse.Namespace) -> list[dict[str, str]]:
+def opening(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The messages that a conversation begins with."""
     return [] if options.system is None else [{"role": "system", "content": options.system}]
+
+
+def user_message(text: str, images: Sequence[Any]) -> dict[str, Any]:
+    """What a person says, with the images it is about in front."""
+    if not images:
+        return {"role": "user", "content": text}
+    shown = [{"type": "image", "image": image} for image in images]
+    return {"role": "user", "content": [*shown, {"type": "text", "text": text}]}
+
+
+def read_messages(processor: Any, messages: list[dict[str, Any]]) -> dict[str, Any]:
+    """A conversation as a model takes it, up to where the assistant speaks.
+
+    Raises:
+        DataError: images for a model that does not see, or that cannot be read.
+    """
+    from mmjax.errors import DataError
+
+    if hasattr(processor, "encode"):
+        return processor(messages=messages)
+    if any(not isinstance(message["content"], str) for message in messages):
+        raise DataError("--image: the model reads text only; give the folder of a model that sees")
+    ids = processor.tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    return {"input_ids": ids}
 
 
 def show(pieces: Iterable[str]) -> None:
@@ -109,7 +147,7 @@ def sampler_of(options: argparse.Namespace) -> Any:
 
 
 def open_language_model(options: argparse.Namespace) -> tuple[Any, Any, Any, tuple[int, ...]]:
-    """The model, its parameters, its tokenizer, and the ids that end its texts.
+    """The model, its parameters, its processor, and the ids that end its texts.
 
     Raises:
         CheckpointError, ConfigError: the folder cannot be opened, or is no language model's.
@@ -131,7 +169,7 @@ def open_language_model(options: argparse.Namespace) -> tuple[Any, Any, Any, tup
     theirs = read_json(extra).get("eos_token_id") if extra.is_file() else None
     own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
     stop_ids = {*ending_ids(model, None), *own, *ending_ids(model, () if theirs is None else theirs)}
-    return model, params, tokenizer, tuple(sorted(stop_ids))
+    return model, params, processor, tuple(sorted(stop_ids))
 
 
 @contextmanager

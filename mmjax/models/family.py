@@ -25,6 +25,8 @@ class Family:
         write_config: (config, architecture) to hub attributes, without what `merge` keeps.
         rules: model to its key rules.
         processor: the class that opens its folders' processor files; None: `Processor`.
+        other_layout: opens folders of another layout: (folder, hub config, dtype, mesh, execution, find) to
+            what `load` returns, or None for a folder that is none of them.
         own_code: whether published folders of the family bring their code (`auto_map`); it is never run.
     """
 
@@ -34,6 +36,7 @@ class Family:
     rules: Callable[[Model], KeyRules]
     own_code: bool = False
     processor: Any = None
+    other_layout: Callable[..., Any] | None = None
 
 
 # model_type in config.json to the module that has FAMILY, or FAMILIES by model_type; imported when needed.
@@ -50,7 +53,10 @@ FAMILIES: Mapping[str, str] = MappingProxyType(
             ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "internlm2", "opt"),
             "mmjax.models.causal_lm",
         ),
-        **dict.fromkeys(("llava", "llava_next", "llava_onevision"), "mmjax.models.llava"),
+        **dict.fromkeys(
+            ("llava", "llava_next", "llava_onevision", "llava_llama", "llava_mistral", "llava_qwen"),
+            "mmjax.models.llava",
+        ),
     }
 )
 

@@ -18,7 +18,7 @@ from mmjax.checkpoints.files import TensorReader, open_tensors, read_json
 from mmjax.checkpoints.weights import SHARD_BYTES, load_params, save_params, write_json
 from mmjax.errors import CheckpointError, ConfigError
 from mmjax.models.assemblies import Model
-from mmjax.models.family import Family, choose_architecture, family_of_model, family_of_type
+from mmjax.models.family import FAMILIES, Family, choose_architecture, family_of_model, family_of_type
 from mmjax.models.hub_config import merge, refuse_code_and_quantisation
 from mmjax.models.processor import Processor
 from mmjax.nn import Execution, canonical_dtype, parameter_specs
@@ -104,7 +104,13 @@ def load(
     folder = find_folder(folder_or_hub_id)
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder / 'config.json'}: no such file; a hub folder needs one")
-    read_json(folder / "config.json")
+    hub = read_json(folder / "config.json")
+    kind = hub.get("model_type")
+    known = isinstance(kind, str) and kind in FAMILIES
+    other = family_of_type(kind, str(folder / "config.json")).other_layout if known else None
+    opened = other and other(folder, hub, dtype=dtype, mesh=mesh, execution=execution, find=find_folder)
+    if opened:
+        return opened
     with open_tensors(folder) as reader:
         family, model = open_model(folder, reader, execution or Execution())
         try:

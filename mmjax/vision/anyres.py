@@ -203,7 +203,7 @@ def anyres_layout(
             raise ConfigError("anyres_layout: features that are interpolated need a width of 4")
         new = int(rows // ratio), int(columns // ratio)
         index, weights = bilinear((rows, columns), new)
-        part = Layout(picture.reshape(-1)[index], weights, 0)
+        part = Layout(picture.reshape(-1)[index].reshape(-1, 4), weights.reshape(-1, 4), 0)
     else:
         part = _single(picture.reshape(-1), 0, 4 if most_tiles else width)
         new = rows, columns

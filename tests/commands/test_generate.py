@@ -136,7 +136,8 @@ def test_the_ids_that_end_a_text(folder, tmp_path):
     config = json.loads((copy / "config.json").read_text()) | {"eos_token_id": 5}
     (copy / "config.json").write_text(json.dumps(config))
     options = argparse.Namespace(model=str(copy), dtype=None)
-    tokenizer, stop_ids = generate.open_language_model(options)[2:]
+    processor, stop_ids = generate.open_language_model(options)[2:]
+    tokenizer = processor.tokenizer
     assert stop_ids == tuple(sorted({5, 7, 9, tokenizer.eos_token_id}))
 
 
@@ -152,7 +153,7 @@ def test_a_chat(run, folder, lines, monkeypatch):
     monkeypatch.setattr(mmjax.generation, "stream", watched, raising=False)
     lines("two cats", "", "and dogs", "/what", "/reset", "two cats", "/exit", "more")
     code, out, err = run("chat", "--model", folder, "--max-new-tokens", 6, "--system", "cats")
-    assert code == 0 and err == "error: no command '/what': there are /reset and /exit\n"
+    assert code == 0 and err == "error: no command '/what': there are /image, /reset and /exit\n"
     tokenizer = mmjax.load(folder)[2].tokenizer
     messages, answers = [{"role": "system", "content": "cats"}], []
     for line in ("two cats", "and dogs"):

@@ -43,7 +43,11 @@ def make(kind: str = "llava", longest: int = 512) -> tuple[Any, Any, LlavaProces
         model_type=kind,  # type: ignore[arg-type]
         vision_config=eyes(image_size=8, patch_size=4, **SIZES, **more),
         text_config=DecoderConfig(
-            vocab_size=TOKENIZER.vocab_size, max_position_embeddings=longest, pad_token_id=0, **SIZES
+            vocab_size=TOKENIZER.vocab_size,
+            max_position_embeddings=longest,
+            pad_token_id=0,
+            num_key_value_heads=2,
+            **SIZES,
         ),
         image_token_id=IMAGE,
         video_token_id=VIDEO if onevision else None,

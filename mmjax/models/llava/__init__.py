@@ -5,6 +5,7 @@ from mmjax.models.llava.config import LlavaConfig
 from mmjax.models.llava.hub import read_config, write_config
 from mmjax.models.llava.layout import ImageTokens
 from mmjax.models.llava.model import Llava, LlavaOutput
+from mmjax.models.llava.original import BRAINS, load_original
 from mmjax.models.llava.processor import LlavaProcessor
 from mmjax.models.llava.rules import rules
 
@@ -14,8 +15,15 @@ _ARCHITECTURES = {
     "llava_onevision": "LlavaOnevisionForConditionalGeneration",
 }
 FAMILIES = {
-    model_type: Family({architecture: Llava}, read_config, write_config, rules, processor=LlavaProcessor)
-    for model_type, architecture in _ARCHITECTURES.items()
+    model_type: Family(
+        {_ARCHITECTURES.get(model_type, _ARCHITECTURES["llava"]): Llava},
+        read_config,
+        write_config,
+        rules,
+        processor=LlavaProcessor,
+        other_layout=load_original,
+    )
+    for model_type in dict.fromkeys((*_ARCHITECTURES, *BRAINS))
 }
 
 __all__ = ["FAMILIES", "ImageTokens", "Llava", "LlavaConfig", "LlavaOutput", "LlavaProcessor"]

@@ -126,6 +126,11 @@ def read_eyes(hub: Mapping[str, Any], model_type: str, names: Set[str], where: s
 def read_config(hub: Mapping[str, Any], architecture: str, names: Set[str], where: str) -> LlavaConfig:
     """LlavaConfig from a llava-hf config."""
     model_type = hub["model_type"]
+    if model_type not in DEFAULTS:
+        raise ConfigError(
+            f"{where}: model_type {short(model_type)} without mm_vision_tower; a folder of the original "
+            "repository names the eyes there"
+        )
     values = {**DEFAULTS[model_type], **TABLE.read(hub, where)}
     # Some configs write null where another's default is meant.
     for name in ("image_grid_pinpoints", "vision_aspect_ratio"):

@@ -80,8 +80,7 @@ def groups_of(media: Any, counts: Sequence[int], what: str) -> list[list[Any]]:
     >>> groups_of(["a.png", "b.png", "c.png"], [2, 0, 1], "image")
     [['a.png', 'b.png'], [], ['c.png']]
     """
-    nested = isinstance(media, list | tuple) and any(isinstance(part, list | tuple) for part in media)
-    if nested and what == "image":
+    if is_nested(media) and what == "image":
         groups = [list(g) if isinstance(g, list | tuple) else [g] for g in media]
         if len(groups) != len(counts):
             # As a call without places may have it: lists only of texts that have images.
@@ -122,4 +121,44 @@ def _spread(groups: list[list[Any]], counts: Sequence[int]) -> list[list[Any]]:
     return spread
 
 
-__all__ = ["groups_of", "is_many", "pull_media"]
+def is_nested(images: Any) -> bool:
+    """Whether images are a list of lists.
+
+    >>> is_nested([["a.png"], []]), is_nested(["a.png"])
+    (True, False)
+    """
+    return isinstance(images, list | tuple) and any(isinstance(part, list | tuple) for part in images)
+
+
+def as_list(media: Any) -> list[Any]:
+    """None, one, or several as a list.
+
+    >>> as_list(None), as_list("a.png")
+    ([], ['a.png'])
+    """
+    if media is None:
+        return []
+    return list(media) if isinstance(media, list | tuple) else [media]
+
+
+def places(messages: Any, kind: str) -> int:
+    """How many parts of a conversation wait for an image (or a video) of the caller's.
+
+    >>> places([{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}], "image")
+    1
+    """
+    parts = [
+        part
+        for message in messages or ()
+        if isinstance(message, dict) and isinstance(message.get("content"), list | tuple)
+        for part in message["content"]
+    ]
+    return sum(
+        isinstance(part, dict)
+        and part.get("type") == kind
+        and all(part.get(name) is None for name in _SOURCES)
+        for part in parts
+    )
+
+
+__all__ = ["as_list", "groups_of", "is_many", "is_nested", "places", "pull_media"]

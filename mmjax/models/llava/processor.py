@@ -17,7 +17,8 @@ from mmjax.language.batching import Layout, checked_texts, side_of
 from mmjax.models.llava.collate import collate, table_of
 from mmjax.models.llava.config import LlavaConfig
 from mmjax.models.llava.layout import ImageTokens, fill, place
-from mmjax.models.llava.media import groups_of, pull_media
+from mmjax.models.llava.media import as_list, groups_of, is_nested, places, pull_media
+from mmjax.models.llava.prompts import chat_ids, cut
 from mmjax.models.llava.settings import read_image_tokens, written_settings
 from mmjax.models.processor import PROCESSOR_FILE, Processor
 from mmjax.vision.tables import FeatureTable
@@ -118,11 +119,11 @@ class LlavaProcessor(Processor):
             prompts: list[Any] = checked_texts(text)
             counts = [prompt.count(self.image_token) for prompt in prompts]
             pictures = groups_of(images, counts, "image")
-            flat_companions = not _is_nested(images)
+            flat_companions = not is_nested(images)
         else:
             several = bool(messages) and isinstance(messages[0], list | tuple)
             prompts = list(messages) if several else [messages]
-            counts = [_places(prompt, "image") for prompt in prompts]
+            counts = [places(prompt, "image") for prompt in prompts]
             pictures = groups_of(images, counts, "image")
             options = {"add_generation_prompt": True, **options}
             flat_companions = False
@@ -171,13 +172,13 @@ class LlavaProcessor(Processor):
     def _films(self, prompt: Any) -> int:
         if isinstance(prompt, str):
             return prompt.count(self.video_token) if self.image_tokens.kind == "llava_onevision" else 0
-        return _places(prompt, "video")
+        return places(prompt, "video")
 
     def _laid_out(self, samples: Sequence[Sample], layout: Layout) -> dict[str, np.ndarray]:
         limit = layout.limit
         side = self.tokenizer.truncation_side if self.tokenizer is not None else "right"
         if limit is not None:
-            samples = [_cut(sample, limit, side) for sample in samples]
+            samples = [cut(sample, limit, side) for sample in samples]
         ids, _ = layout.arrays([sample["input_ids"].tolist() for sample in samples])
         batch = collate(
             samples,
@@ -217,7 +218,7 @@ class LlavaProcessor(Processor):
         Raises:
             DataError: as in a call.
         """
-        pictures, films = _as_list(images), _as_list(videos)
+        pictures, films = as_list(images), as_list(videos)
         if isinstance(prompt, str):
             ids = self.tokenizer(prompt, **options)["input_ids"][0]  # type: ignore[misc]
             answers = None
@@ -256,32 +257,21 @@ class LlavaProcessor(Processor):
 
     def _count(self, ids: np.ndarray, token: str, lengths: list[int], counts: np.ndarray, what: str) -> None:
         number = self.tokenizer.token_to_id(token)  # type: ignore[union-attr]
-        places = ids == number if number is not None else np.zeros(len(ids), bool)
-        if int(places.sum()) != len(lengths):
+        here = ids == number if number is not None else np.zeros(len(ids), bool)
+        if int(here.sum()) != len(lengths):
             raise DataError(
-                f"{what}s: the prompt has {places.sum()} {token} places, but {len(lengths)} {what}s "
+                f"{what}s: the prompt has {here.sum()} {token} places, but {len(lengths)} {what}s "
                 f"were given; give one {what} for each place"
             )
-        counts[places] = lengths
+        counts[here] = lengths
 
     def conversation(
         self, messages: Any, answers: bool, options: dict[str, Any]
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Ids int32 [T] of messages, one for each image, and which of them the assistant says, if asked for."""
-        tokenizer = self.tokenizer
-        if tokenizer is None:
+        """Ids int32 [T] of messages, one for each image, and, if asked for, which the assistant says."""
+        if self.tokenizer is None:
             raise DataError("text was given, but this processor has no tokenizer")
-        messages = _shaped(tokenizer, messages, options.get("chat_template"))
-        batch = tokenizer.apply_chat_template(messages, return_assistant_tokens_mask=answers, **options)
-        ids = batch["input_ids"][0]
-        mask = batch["assistant_masks"][0] if answers else None
-        # The template's text is a prompt like any other: it gets what the tokenizer puts around texts.
-        if tokenizer.bos_token_id is None or not len(ids) or ids[0] != tokenizer.bos_token_id:
-            before, after = _around(tokenizer)
-            ids = np.concatenate([before, ids, after]).astype(np.int32)
-            if mask is not None:
-                mask = np.pad(mask, (len(before), len(after)))
-        return ids, mask
+        return chat_ids(self.tokenizer, messages, answers, options)
 
     def _see(self, images: list[Any], companions: int) -> tuple[Sample, list[Any]]:
         if not images:
@@ -383,86 +373,6 @@ class LlavaProcessor(Processor):
             write_json(Path(folder) / PROCESSOR_FILE, settings)
         except OSError as error:
             raise CheckpointError(f"{folder}: cannot be written ({error.strerror or error})") from error
-
-
-def _is_nested(images: Any) -> bool:
-    return isinstance(images, list | tuple) and any(isinstance(part, list | tuple) for part in images)
-
-
-def _as_list(media: Any) -> list[Any]:
-    if media is None:
-        return []
-    return list(media) if isinstance(media, list | tuple) else [media]
-
-
-def _places(messages: Any, kind: str) -> int:
-    """Parts of a conversation that wait for an image of the caller's."""
-    parts = [
-        part
-        for message in messages or ()
-        if isinstance(message, dict) and isinstance(message.get("content"), list | tuple)
-        for part in message["content"]
-    ]
-    sources = ("image", "video", "path", "url")
-    return sum(
-        isinstance(part, dict)
-        and part.get("type") == kind
-        and all(part.get(name) is None for name in sources)
-        for part in parts
-    )
-
-
-def _around(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The special tokens that a tokenizer puts before and after texts."""
-    plain = tokenizer("a", add_special_tokens=False)["input_ids"][0]
-    whole = tokenizer("a")["input_ids"][0]
-    for start in range(len(whole) - len(plain) + 1):
-        if (whole[start : start + len(plain)] == plain).all():
-            return whole[:start], whole[start + len(plain) :]
-    return whole[:0], whole[:0]
-
-
-def _shaped(tokenizer: Any, messages: Any, template: str | None) -> Any:
-    """Messages whose texts are parts, where the template reads nothing else."""
-    probe = "\u00b6probe\u00b6"
-
-    def reads(content: Any) -> bool:
-        chat = [{"role": "user", "content": content}]
-        try:
-            text = tokenizer.apply_chat_template(chat, tokenize=False, chat_template=template)
-        except DataError:
-            return False
-        return probe in text and "'type'" not in text
-
-    if reads(probe) or not reads([{"type": "text", "text": probe}]):
-        return messages
-    return [
-        {**message, "content": [{"type": "text", "text": message["content"]}]}
-        if isinstance(message, dict) and isinstance(message.get("content"), str)
-        else message
-        for message in messages
-    ]
-
-
-def _cut(sample: Sample, limit: int, side: str) -> Sample:
-    """The first or last tokens of a sample; images stay whole."""
-    length = len(sample["input_ids"])
-    if length <= limit:
-        return sample
-    keep = slice(0, limit) if side == "right" else slice(length - limit, length)
-    lost = np.ones(length, bool)
-    lost[keep] = False
-    if (sample["image_index"][lost, 0] >= 0).any():
-        raise DataError(
-            f"max_length: {limit} of {length} tokens would cut an image; give a longer max_length, fewer or "
-            "smaller images"
-        )
-    return {
-        name: value[keep]
-        if name in ("input_ids", "image_index", "image_weights", "assistant_masks")
-        else value
-        for name, value in sample.items()
-    }
 
 
 __all__ = ["LlavaProcessor"]
