@@ -14,8 +14,8 @@ def keep_freed_memory() -> bool:
 
     On CPU, XLA takes a program's buffers from malloc and frees them at its end. glibc may give gigabytes
     back, and every page of the next step is then taken and zeroed anew: a million page faults in a CLIP
-    ViT-B/32 step of 32 pairs. To be called before the first large program; the process then holds the most that it
-    ever needed.
+    ViT-B/32 step of 32 pairs. To be called before the first large program; the process then holds the most
+    that it ever needed.
 
     Returns:
         Whether it was set: not where another C library allocates, nor where the user has set GLIBC_TUNABLES
