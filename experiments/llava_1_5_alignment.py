@@ -53,7 +53,7 @@ def experiment() -> Experiment:
     """The experiment that `mmjax train` runs."""
     return Experiment(
         name="llava-1-5-alignment",
-        model=LlavaFromParts(
+        model=LlavaFromParts(  # type: ignore[arg-type]
             eyes="openai/clip-vit-large-patch14-336",
             brain="",
             dtype="bfloat16",

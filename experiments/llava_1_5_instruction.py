@@ -76,7 +76,7 @@ class Instruction(Experiment):
     bridge_rate: float = 2e-5
 
     def __post_init__(self) -> None:
-        model = self.model
+        model: Any = self.model
         if self.lora:
             own = {field.name: getattr(model, field.name) for field in dataclasses.fields(FromFolder)}
             own["dtype"] = own["dtype"] or "bfloat16"
