@@ -59,7 +59,7 @@ def prepare(batch: Mapping[str, Any], most: int | None = None, model: Any = None
         batch: input_ids int [B, T] or inputs_embeds [B, T, D]; attention_mask [B, T] where rows are padded,
             on either side; more arguments of the model.
         most: the longest input that the model takes; None: any.
-        model: lays out images and says how many features they have; None: there are none.
+        model: lays out images and says how many features they have; None: they stay as they are.
 
     Raises:
         DataError: nothing to begin with, an empty row, or arrays that do not fit each other.
@@ -77,7 +77,7 @@ def prepare(batch: Mapping[str, Any], most: int | None = None, model: Any = None
             raise DataError(f"{name}: positions are counted here; leave it out of the batch")
     name = "input_ids" if "input_ids" in inputs else "inputs_embeds"
     first = np.asarray(inputs[name])
-    inputs = images.lay_out(model, inputs)
+    inputs = inputs if model is None else images.lay_out(model, inputs)
     if first.ndim != (2 if name == "input_ids" else 3) or 0 in first.shape:
         raise DataError(f"{name}: expected rows of at least one token, got shape {first.shape}")
     if name == "input_ids" and not np.issubdtype(first.dtype, np.integer):
@@ -101,7 +101,7 @@ def prepare(batch: Mapping[str, Any], most: int | None = None, model: Any = None
     ids = inputs.get("input_ids")
     if ids is not None:
         inputs["input_ids"] = ids.astype(np.int32)
-    if "image_index" in inputs:
+    if model is not None and "image_index" in inputs:
         inputs = images.rounded(inputs, model.config.tile_rows)
     return Prompts(inputs, length, len(mask))
 
