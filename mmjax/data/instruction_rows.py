@@ -83,7 +83,8 @@ def parse_row(data: bytes, name: str, *, image_first: bool = True) -> Instructio
         BadSample: "bad_record" for what cannot be understood; "no_image" where there are fewer images than
             places for them, "unplaced_image" where there are more; "empty" where nobody says anything.
 
-    >>> row = b'{"image": "a.jpg", "conversations": [{"from": "human", "value": "What?\\\\n<image>"}]}'
+    >>> said = [{"from": "human", "value": "What?\\n<image>"}, {"from": "gpt", "value": "A cat."}]
+    >>> row = json.dumps({"image": "a.jpg", "conversations": said}).encode()
     >>> parse_row(row, "row 1").messages[0]["content"]
     [{'type': 'image'}, {'type': 'text', 'text': 'What?'}]
     """
