@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         scene_tokenizer,
         told_conversation,
     )
+    from mmjax.data.scenes_dialogues import SceneDialogueData
     from mmjax.data.scenes_questions import Question, blind_guesses, scene_questions
     from mmjax.data.scenes_text import scene_caption, scene_captions
     from mmjax.data.synthetic import SyntheticData
@@ -54,6 +55,7 @@ _HOMES = {
         "scene_tokenizer",
         "told_conversation",
     ),
+    "scenes_dialogues": ("SceneDialogueData",),
     "scenes_questions": ("Question", "blind_guesses", "scene_questions"),
     "scenes_text": ("scene_caption", "scene_captions"),
     "synthetic": ("SyntheticData",),
@@ -84,6 +86,7 @@ __all__ = [
     "PackedBatches",
     "Question",
     "Scene",
+    "SceneDialogueData",
     "SceneTextData",
     "ScenesData",
     "SyntheticData",

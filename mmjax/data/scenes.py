@@ -171,8 +171,8 @@ def make_scene(number: int, split: Split = "train", *, seed: int = 0, image_size
         ConfigError: an image size that cannot be.
 
     >>> scene = make_scene(5)
-    >>> scene.things[0].name, scene.things[0].box, scene.draw().size
-    ('star', (6, 3, 15, 12), (48, 48))
+    >>> scene.things[0].name, scene.things[0].place, scene.draw().size
+    ('star', 'top left', (48, 48))
     """
     check_split(split)
     if image_size % GRID or image_size < 36:
@@ -244,8 +244,8 @@ def _thing(
     scan = dice.pick(scan_numbers(split)[name]) if sort == "digit" else None
     width, height = mask_of(sort, name, size, scan, split, pixels).size
     row, column, columns = cell
-    left = column * pixels + dice.below(columns * pixels - width + 1)
-    top = row * pixels + dice.below(pixels - height + 1)
+    left = column * pixels + _near_middle(columns * pixels - width, pixels // 4, dice)
+    top = row * pixels + _near_middle(pixels - height, pixels // 4, dice)
     red, green, blue = (min(255, max(0, value + dice.below(31) - 15)) for value in COLORS[color])
     return Thing(
         sort=sort,
@@ -259,6 +259,12 @@ def _thing(
         scan=scan,
         rgb=(red, green, blue),
     )
+
+
+def _near_middle(room: int, most: int, dice: Dice) -> int:
+    """Where in some room to begin: its middle, give or take half of `most`."""
+    play = min(room, most)
+    return (room - play) // 2 + dice.below(play + 1)
 
 
 COLOR_NAMES = tuple(COLORS)

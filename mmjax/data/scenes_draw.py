@@ -28,7 +28,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "white": (240, 240, 240),
 }
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "cross", "ring", "heart")
-WORDS = ("cat", "dog", "sun", "moon", "tree", "fish", "bird", "house", "car", "boat", "key", "milk")
+WORDS = ("cat", "dog", "sun", "moon", "tree", "fish", "bird", "house", "lamp", "boat", "key", "milk")
 _FINER = 8  # Shapes are drawn this much larger, and made smaller with soft edges.
 # Shares of a cell's side: shapes leave room to move about, and a small one is clearly no large one.
 _SIDES = {"small": 0.56, "large": 0.94}

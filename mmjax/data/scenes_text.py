@@ -5,23 +5,28 @@ from __future__ import annotations
 from mmjax.data.scenes import Dice, Scene, Thing
 
 NUMBER_WORDS = ("zero", "one", "two", "three", "four")
-# How often a caption of one thing names its colour, size and place.
-_SHARES = {"color": 0.7, "size": 0.5, "place": 0.6}
+# How often a caption of one thing says what it is, and its colour, size and place.
+_SHARES = {"name": 0.8, "color": 0.45, "size": 0.25, "place": 0.45}
 
 
-def describe(thing: Thing, *, color: bool = True, size: bool = True, place: bool = True) -> str:
+def describe(
+    thing: Thing, *, name: bool = True, color: bool = True, size: bool = True, place: bool = True
+) -> str:
     """A thing in words.
 
     Args:
         thing: what is described.
-        color, size, place: whether they are named.
+        name: whether it is said what it is; else it is "something".
+        color, size, place: whether they are said.
 
     >>> from mmjax.data.scenes import make_scene
     >>> describe(make_scene(6).things[0])
     'a large green square at the bottom'
     """
     tint = f"{thing.color} " if color else ""
-    if thing.sort == "word":
+    if not name:
+        text = f"something {tint}".rstrip()
+    elif thing.sort == "word":
         text = f"the {tint}word {thing.name}"
     elif thing.sort == "digit":
         text = with_article(f"{tint}digit {thing.name}")
@@ -52,9 +57,13 @@ def scene_captions(scene: Scene, partial: int = 6) -> tuple[str, ...]:
     """
     dice = Dice(scene.seed, "captions", scene.split, scene.number)
     texts = [scene_caption(scene)]
+    sorts = sorted({thing.sort for thing in scene.things})
     for _ in range(partial):
-        thing = dice.pick(scene.things)
-        said = {name: dice.chance(share) for name, share in _SHARES.items()}
+        # Digits and words, which are the hardest to read, are spoken of as often as all the shapes.
+        sort = dice.pick(sorts)
+        thing = dice.pick([thing for thing in scene.things if thing.sort == sort])
+        said = {part: dice.chance(share) for part, share in _SHARES.items()}
+        said["name"] |= not (said["color"] or said["place"])
         texts.append(describe(thing, **said))
     pair = side_by_side(scene, dice)
     if pair is not None:

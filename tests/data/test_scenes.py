@@ -1,6 +1,7 @@
 """Scenes: what is drawn, said, asked and held out."""
 
 import collections
+import json
 import re
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 
 from mmjax.data import (
     DIGIT_NAMES,
+    SceneDialogueData,
     ScenesData,
     SceneTextData,
     blind_guesses,
@@ -25,6 +27,7 @@ from mmjax.data.scenes_draw import COLORS, SHAPES, WORDS
 from mmjax.data.scenes_questions import KINDS
 from mmjax.errors import ConfigError
 from tests.data.fakes import fake_processor
+from tests.data.seeing import Seeing
 
 TRAIN = [make_scene(number) for number in range(1500)]
 TEST = [make_scene(number, "test") for number in range(600)]
@@ -112,7 +115,7 @@ def test_training_neither_shows_nor_mentions_what_is_held_out():
         asked = scene_questions(scene)
         assert not any(question.held_out for question in asked)
         said = [*scene_captions(scene), *(question.text for question in asked)]
-        for color, name in COLORED.findall(" ".join(said)):
+        for color, name in COLORED.findall(" | ".join(said)):
             assert not is_held_out(sort_of(name), name, color)
 
 
@@ -298,8 +301,47 @@ def test_text_data_packs_told_conversations_with_answers_to_learn():
         (lambda: ScenesData(num_train=0), "num_train"),
         (lambda: SceneTextData(num_test=0), "num_test"),
         (lambda: SceneTextData(path="x.jsonl"), "reads no files"),
+        (lambda: SceneDialogueData(path="x.json"), "reads no files"),
+        (lambda: SceneDialogueData(draws=0), "draws"),
+        (lambda: SceneDialogueData(image_size=50), "image_size=50"),
     ],
 )
 def test_bad_settings_are_refused(make, message):
     with pytest.raises(ConfigError, match=message):
         make()
+
+
+@pytest.mark.parametrize("about", ["caption", "questions"])
+def test_dialogues_bring_pictures_and_answers_to_learn(about):
+    tokenizer = scene_tokenizer(300)
+    data = SceneDialogueData(about=about, num_train=12, num_test=3, sequence_length=200)
+    batches = data.build(processor=Seeing(tokenizer=tokenizer), batch_size=2, seed=0)
+    batch = next(iter(batches))
+    seen = 0
+    for row in range(2):
+        for segment in range(1, batch["segment_ids"][row].max() + 1):
+            here = batch["segment_ids"][row] == segment
+            labels, index = batch["labels"][row][here], batch["image_index"][row][here]
+            said = tokenizer.decode(labels[labels >= 0])
+            scene = next(
+                scene
+                for scene in TRAIN[:12]
+                if said == "".join(f" {m['content']}<|end|>" for m in scene_conversation(scene, about)[1::2])
+            )
+            first = index[index[:, 0] >= 0][0, 0]
+            tile = batch["tiles"][row][first // 4]
+            assert tile.mean() == pytest.approx(np.asarray(scene.draw()).mean() + 1, rel=1e-4)
+            seen += 1
+    assert seen >= 2
+
+
+def test_dialogues_ask_other_questions_with_every_draw():
+    rows = [
+        [json.loads(entry.data) for entry in SceneDialogueData(draws=draws, num_train=5).entries()]
+        for draws in (1, 2)
+    ]
+    assert rows[1][:5] == rows[0] and len(rows[1]) == 10
+    assert [row["image"] for row in rows[1][5:]] == [row["image"] for row in rows[0]]
+    assert all(again["messages"] != row["messages"] for again, row in zip(rows[1][5:], rows[0], strict=True))
+    test = [json.loads(entry.data) for entry in SceneDialogueData(num_test=2).entries("test")]
+    assert [row["messages"] for row in test] == [scene_conversation(scene) for scene in TEST[:2]]
