@@ -14,6 +14,7 @@ import mmjax.generation
 import mmjax.losses
 import mmjax.nn
 from mmjax.language.text_encoder import pool_eos
+from mmjax.models.llava.model import merge_features
 
 RNG = np.random.default_rng(0)
 
@@ -108,6 +109,14 @@ CASES = {
         lambda x, i: pool_eos(x, i, 9),
         (normal(2, 4, 3), np.array([[1, 9, 2, 9], [3, 4, 5, 9]])),
         1,
+    ),
+    "merge_features": (
+        lambda x, table, weights, index: merge_features(x, table, index, weights),
+        (
+            *(normal(2, 3, 4), normal(5, 4), normal(2, 3, 2)),
+            np.array([[[0, 4], [-1, -1], [2, -1]], [[1, 1], [3, -1], [-1, -1]]]),
+        ),
+        3,
     ),
     "infonce": (mmjax.losses.infonce, (unit(5, 8), unit(5, 8), np.float64(14.0)), 3),
     "sigmoid": (mmjax.losses.sigmoid, (unit(5, 8), unit(5, 8), np.float64(10.0), np.float64(-9.0)), 4),

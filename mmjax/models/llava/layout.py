@@ -147,7 +147,7 @@ def index_of_batch(
     videos: Array | None,
     image_sizes: Any = None,
     batch_num_images: Any = None,
-) -> tuple[Array, Array | None]:
+) -> tuple[Any, Any]:
     """image_index and image_weights of a batch that comes without them.
 
     Images that are one tile need no sizes, and are counted inside of the program; others are laid out on the
@@ -178,8 +178,8 @@ def index_of_batch(
             "image_index: images of several sizes are laid out on the host; give the processor's image_index "
             "(and image_weights), or image_sizes outside of jax.jit"
         )
-    shapes = [None if x is None else x.shape[:3] for x in (seen, videos)]
-    return layout_arrays(config, np.asarray(input_ids), *shapes, image_sizes, batch_num_images)
+    images, films = (None if x is None else x.shape[:3] for x in (seen, videos))
+    return layout_arrays(config, np.asarray(input_ids), images, films, image_sizes, batch_num_images)
 
 
 def layout_arrays(

@@ -134,7 +134,7 @@ class Llava(Model):
         config = self.config
         lead = pixel_values.shape[:-3]
         flat = pixel_values.reshape(-1, *pixel_values.shape[-3:])
-        out = self.vision_tower(flat, output_hidden_states=True, deterministic=deterministic)
+        out: Any = self.vision_tower(flat, output_hidden_states=True, deterministic=deterministic)
         if self.is_initializing():
             seen = [out.last_hidden_state] * len(config.feature_layers)
         else:
@@ -184,7 +184,8 @@ class Llava(Model):
             table = self._table(seen, videos)
             if inputs_embeds is None:
                 # An image's id may lie outside of the vocabulary.
-                inputs_embeds = self.embed_tokens(jnp.where(image_index[..., 0] >= 0, 0, input_ids))
+                ids: Any = input_ids
+                inputs_embeds = self.embed_tokens(jnp.where(image_index[..., 0] >= 0, 0, ids))
             inputs_embeds = merge_features(inputs_embeds, table, image_index, image_weights)
             input_ids = None
         out = self.language_model.decode(
@@ -297,6 +298,7 @@ def merge_features(embeds: Array, table: Array, index: Array, weights: Array | N
     if index.shape[:2] != embeds.shape[:2] or (weights is not None and weights.shape != index.shape):
         shapes = (index.shape, None if weights is None else weights.shape)
         raise DataError(f"image_index, image_weights: shapes {shapes} for tokens {embeds.shape[:2]}")
+    table = jnp.asarray(table)
     merged = jnp.zeros(embeds.shape, jnp.promote_types(table.dtype, jnp.float32))
     for k in range(index.shape[-1]):
         share = (index[..., k] >= 0).astype(merged.dtype)

@@ -23,7 +23,9 @@ def _eyes(config: LlavaConfig) -> tuple[tuple[Rule, ...], tuple[tuple[str, str],
     found = []
     for r in table.rules:
         names = [*dict.fromkeys(name.removeprefix("vision_model.") for name in (r.source, *r.aliases))]
-        inner = ("vision_model.", "") if config.layout == "published" else ("", "vision_model.")
+        inner: tuple[str, ...] = (
+            ("vision_model.", "") if config.layout == "published" else ("", "vision_model.")
+        )
         if cls.__name__ == "ViTModel":
             inner = ("",)
         sources = [prefix + middle + name for prefix in EYES for middle in inner for name in names]

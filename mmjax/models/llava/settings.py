@@ -53,9 +53,9 @@ def read_image_tokens(
         known = settings if settings.get("patch_size") else eyes
         patch = _whole(known or {"patch_size": 14}, "patch_size", where)
         patches = (tile[0] // patch, tile[1] // patch)
-        extra = settings.get("num_additional_image_tokens")
+        named: Any = settings.get("num_additional_image_tokens")
         # Early folders count on the CLS token without naming it.
-        extra = int(dropped and has_cls) if extra is None or "patch_size" not in settings else extra
+        extra = int(dropped and has_cls) if named is None or "patch_size" not in settings else named
         if isinstance(extra, bool) or not isinstance(extra, int):
             raise ConfigError(f"{where}: num_additional_image_tokens should be a number, got {extra!r}")
     most = None
