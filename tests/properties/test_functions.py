@@ -159,7 +159,7 @@ def test_every_public_array_function_is_here():
         for name in room.__all__
         if inspect.isfunction(getattr(room, name))
     }
-    # The last four take configs or models: tests/nn and tests/models have them.
+    # These take configs, models or trees: tests/nn, tests/models and tests/generation have them.
     not_of_arrays = {
         "activation",
         "canonical_dtype",
@@ -169,6 +169,7 @@ def test_every_public_array_function_is_here():
         "rope_frequencies",
         "rope_tables",
         "run_layers",
+        "transpose_kernels",
         *("generate", "score", "stream", "stream_text"),
     }
     assert public - not_of_arrays <= set(CASES)
