@@ -64,7 +64,7 @@ def test_nested_config(folder, depth):
             mmjax.load(folder)
 
 
-@pytest.mark.parametrize("value", ["llava", "", None, 7, ["vit"], {"vit": 1}])
+@pytest.mark.parametrize("value", ["kosmos", "", None, 7, ["vit"], {"vit": 1}])
 def test_unknown_family(folder, value):
     edit_config(folder, model_type=value)
     refused(
