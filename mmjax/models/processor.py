@@ -79,6 +79,24 @@ class Processor:
         Raises:
             DataError: Neither was given, or what was given has no part here to take it.
         """
+        self.check_call(images, text, messages, return_tensors)
+        batch: dict[str, np.ndarray] = {}
+        if text is not None and self.tokenizer is not None:
+            batch |= self.tokenizer(text, **tokenizer_args)
+        if messages is not None and self.tokenizer is not None:
+            batch |= self.tokenizer.apply_chat_template(
+                messages, **{"add_generation_prompt": True, **tokenizer_args}
+            )
+        if images is not None and self.image_processor is not None:
+            batch |= self.image_processor(images)
+        return batch
+
+    def check_call(self, images: Any, text: Any, messages: Any, return_tensors: str | None) -> None:
+        """Refuse a call that asks for nothing, for both of two, or for what there is no part for.
+
+        Raises:
+            DataError: what is wrong with it.
+        """
         if return_tensors not in (None, "np"):
             raise DataError(
                 f"return_tensors: the arrays are numpy's, so None or 'np', got {return_tensors!r}"
@@ -91,16 +109,6 @@ class Processor:
             raise DataError("images were given, but this processor has no image processor")
         if (text is not None or messages is not None) and self.tokenizer is None:
             raise DataError("text was given, but this processor has no tokenizer")
-        batch: dict[str, np.ndarray] = {}
-        if text is not None and self.tokenizer is not None:
-            batch |= self.tokenizer(text, **tokenizer_args)
-        if messages is not None and self.tokenizer is not None:
-            batch |= self.tokenizer.apply_chat_template(
-                messages, **{"add_generation_prompt": True, **tokenizer_args}
-            )
-        if images is not None and self.image_processor is not None:
-            batch |= self.image_processor(images)
-        return batch
 
     @classmethod
     def from_folder(cls, folder: str | os.PathLike[str]) -> Processor | None:

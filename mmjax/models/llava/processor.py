@@ -112,9 +112,9 @@ class LlavaProcessor(Processor):
         Raises:
             DataError: images and places for them do not match, an image cannot be read, a text is too long.
         """
-        self._check_call(images, text, messages, return_tensors)
+        self.check_call(images, text, messages, return_tensors)
         if text is None and messages is None:
-            return self._images_alone(images)
+            return dict(self.image_processor(images))  # type: ignore[misc]
         if text is not None:
             prompts: list[Any] = checked_texts(text)
             counts = [prompt.count(self.image_token) for prompt in prompts]
@@ -153,21 +153,6 @@ class LlavaProcessor(Processor):
         if self.image_tokens.kind == "llava_onevision" and groups:
             batch["batch_num_images"] = np.asarray([1] * sum(groups) if flat_companions else groups, np.int32)
         return batch
-
-    def _check_call(self, images: Any, text: Any, messages: Any, return_tensors: str | None) -> None:
-        if return_tensors not in (None, "np"):
-            raise DataError(
-                f"return_tensors: the arrays are numpy's, so None or 'np', got {return_tensors!r}"
-            )
-        if images is None and text is None and messages is None:
-            raise DataError("nothing to process: pass images, text or messages, or both")
-        if text is not None and messages is not None:
-            raise DataError("text and messages were given: pass a finished prompt or what it is made of")
-        if images is not None and self.image_processor is None:
-            raise DataError("images were given, but this processor has no image processor")
-
-    def _images_alone(self, images: Any) -> dict[str, np.ndarray]:
-        return dict(self.image_processor(images))  # type: ignore[misc]
 
     def _films(self, prompt: Any) -> int:
         if isinstance(prompt, str):
