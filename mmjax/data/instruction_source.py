@@ -30,6 +30,30 @@ class Entry:
     name: str
 
 
+class KeptTokens:
+    """Tokens of conversations, of as many as there is room for; any thread may ask and add.
+
+    Args:
+        room: most tokens; each takes five bytes.
+    """
+
+    def __init__(self, room: int = 1 << 26) -> None:
+        self._room = room
+        self._found: dict[Entry, tuple[np.ndarray, np.ndarray]] = {}
+
+    def of(self, entry: Entry) -> tuple[np.ndarray, np.ndarray] | None:
+        """Ids int32 [T] of a conversation, and which are learned, bool [T]; None if they were not kept."""
+        return self._found.get(entry)
+
+    def keep(self, entry: Entry, ids: Any, learned: Any) -> tuple[np.ndarray, np.ndarray]:
+        """The same of what was laid out just now."""
+        made = np.asarray(ids, np.int32), np.asarray(learned) != 0
+        if self._room >= len(made[0]):
+            self._room -= len(made[0])
+            self._found[entry] = made
+        return made
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Conversations:
     """The rows of a split and the processor that turns them into tokens and pixels.
@@ -40,6 +64,7 @@ class Conversations:
         image_first: see `parse_row`.
         length: longer conversations are cut to so many tokens.
         features: features of the images, in place of their pixels; None: the images are read.
+        tokens: of conversations that were laid out before, so that it is done once; filled while there is room.
     """
 
     entries: Sequence[Entry]
@@ -47,6 +72,7 @@ class Conversations:
     image_first: bool
     length: int
     features: FeatureStore | None = None
+    tokens: KeptTokens = dataclasses.field(default_factory=lambda: KeptTokens())
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -60,7 +86,7 @@ class Conversations:
         entry = self.entries[number]
         talk = self._talk(entry)
         layouts = self.layouts(self._sizes(entry, talk))
-        turns = self._expanded(talk, layouts, entry.name)
+        turns = self._expanded(talk, layouts, entry)
         if not turns.learned[: self.length].any():
             raise BadSample("bad_record", entry.name, f"nothing to learn in its first {self.length} tokens")
         return len(turns.ids), sum(layout.tiles for layout in layouts)
@@ -79,19 +105,21 @@ class Conversations:
                 self.features.read(self.key(name, len(talk.images)), layout.tiles)
                 for name, layout in zip(talk.images, layouts, strict=True)
             ]
-            turns = self._expanded(talk, layouts, entry.name)
+            turns = self._expanded(talk, layouts, entry)
             return dataclasses.replace(turns, tiles=np.concatenate(tiles)).cut(self.length)
-        return self._seen(number, self.images(number))[0].cut(self.length)
-
-    def _seen(self, number: int, images: Sequence[Image.Image]) -> tuple[Turns, list[Layout]]:
-        entry, tokens = self.entries[number], self.processor.image_tokens
-        talk = self._talk(entry)
+        images, talk = self.images(number), self._talk(entry)
         layouts = self.layouts([(image.height, image.width) for image in images])
+        return self._seen(talk.messages, images, layouts, entry.name).cut(self.length)
+
+    def _seen(self, prompt: Any, images: Sequence[Any], layouts: Sequence[Layout], name: str) -> Turns:
+        """A conversation, or a prompt that is nothing but places for images, with its tiles."""
+        answers = not isinstance(prompt, str)
         try:
-            sample = self.processor.encode(talk.messages, images or None, return_assistant_tokens_mask=True)
+            sample = self.processor.encode(prompt, images or None, return_assistant_tokens_mask=answers)
         except DataError as error:
-            raise BadSample(_cause(error), entry.name, str(error)) from error
-        return turns_of(sample, tokens.rows, [layout.tiles for layout in layouts]), layouts
+            raise BadSample(_cause(error), name, str(error)) from error
+        sample.setdefault("assistant_masks", np.zeros(len(sample["input_ids"]), np.int32))
+        return turns_of(sample, self.processor.image_tokens.rows, [layout.tiles for layout in layouts])
 
     def pictures(self, number: int) -> list[tuple[str, tuple[int, int], np.ndarray]]:
         """A conversation's images, each as its key, its (height, width) in pixels, and its tiles [n, ...].
@@ -102,7 +130,9 @@ class Conversations:
         images, names = self.images(number), self.names(number)
         if not images:
             return []
-        turns, layouts = self._seen(number, images)
+        layouts = self.layouts([(image.height, image.width) for image in images])
+        prompt = self.processor.image_token * len(images)
+        turns = self._seen(prompt, images, layouts, self.entries[number].name)
         ends = np.cumsum([layout.tiles for layout in layouts])
         return [
             (self.key(name, len(names)), (image.height, image.width), turns.tiles[end - layout.tiles : end])  # type: ignore[index]
@@ -156,12 +186,16 @@ class Conversations:
                 raise BadSample(cause_of(error), name) from error
         return sizes
 
-    def _expanded(self, talk: Instruction, layouts: Sequence[Layout], name: str) -> Turns:
-        processor = self.processor
-        try:
-            ids, learned = processor.conversation(talk.messages, True, {})
-        except MmjaxError as error:  # the template, too, may refuse what a row says
-            raise BadSample(_cause(error), name, str(error)) from error
+    def _expanded(self, talk: Instruction, layouts: Sequence[Layout], entry: Entry) -> Turns:
+        processor, name = self.processor, entry.name
+        found = self.tokens.of(entry)
+        if found is None:
+            try:
+                ids, learned = processor.conversation(talk.messages, True, {})
+            except MmjaxError as error:  # the template, too, may refuse what a row says
+                raise BadSample(_cause(error), name, str(error)) from error
+            found = self.tokens.keep(entry, ids, learned)
+        ids, learned = found
         places = int((ids == processor.image_token_id).sum())
         if places != len(layouts):
             raise BadSample("bad_record", name, f"the template shows {places} of {len(layouts)} images")

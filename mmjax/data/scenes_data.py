@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from mmjax.data.config import DataConfig, Progress, Split, check_split
 from mmjax.data.faults import BadSample
-from mmjax.data.scenes import Scene, make_scene
+from mmjax.data.scenes import Dice, Scene, make_scene
 from mmjax.data.scenes_questions import scene_questions
-from mmjax.data.scenes_text import scene_caption, scene_captions
+from mmjax.data.scenes_text import describe, scene_caption, scene_captions
 from mmjax.data.sources import Record, digest
 from mmjax.data.text import ChatData
 from mmjax.errors import ConfigError
@@ -21,6 +21,7 @@ from mmjax.language.tokenizer import Tokenizer
 Message = dict[str, Any]
 About = Literal["caption", "questions"]
 IMAGE_TOKEN = "<image>"
+_TOLD_QUESTIONS = 4
 USER, ASSISTANT, END = "<|user|>", "<|assistant|>", "<|end|>"
 ASK_CAPTION = "what is in the picture?"
 # A space goes before every text, so that a word has the same id wherever it stands.
@@ -165,13 +166,19 @@ def scene_conversation(scene: Scene, about: About = "questions", draw: int = 0) 
 
 
 def told_conversation(scene: Scene, draw: int = 0) -> list[Message]:
-    """The same with words in place of the picture: the full caption begins the first question.
+    """The same with words in place of the picture: all things, in any order, begin the first question.
+
+    One of the questions may be what is in the picture, which is answered in reading order: so whoever learns
+    from it learns to look things up by what they are and by where they stand, and to put them in order.
 
     >>> told_conversation(make_scene(9))[0]["content"]  # doctest: +ELLIPSIS
-    'a large purple circle at the top, a blue digit nine at the top right. ...?'
+    'a blue digit nine at the top right, a large purple circle at the top. ...?'
     """
-    messages = _messages([(question.text, question.answer) for question in scene_questions(scene, draw)])
-    messages[0]["content"] = f"{scene_caption(scene)} {messages[0]['content']}"
+    dice = Dice(scene.seed, "told", scene.split, scene.number, draw)
+    turns = [(question.text, question.answer) for question in scene_questions(scene, draw)]
+    messages = _messages(dice.shuffled([*turns, (ASK_CAPTION, scene_caption(scene))])[:_TOLD_QUESTIONS])
+    told = ", ".join(describe(thing) for thing in dice.shuffled(scene.things))
+    messages[0]["content"] = f"{told}. {messages[0]['content']}"
     return messages
 
 

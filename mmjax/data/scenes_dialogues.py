@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
 
@@ -25,13 +25,14 @@ class SceneDialogueData(InstructionData):
     """Pictures of scenes with what is in them, or with questions and answers, as `InstructionData`.
 
     Args:
-        about: "caption": what is in the picture; "questions": one question of each kind that has an answer.
-        draws: conversations about each training scene, each with other questions.
+        about: "caption": what is in the picture; "questions": one question of each kind that has an answer;
+            "both": conversations of either form.
+        draws: conversations with questions about each training scene, each with others.
         num_train, num_test, image_size, content_seed: as in `ScenesData`.
     """
 
     path: str = ""
-    about: About = "questions"
+    about: About | Literal["both"] = "questions"
     draws: int = 1
     num_train: int = 20_000
     num_test: int = 500
@@ -51,11 +52,15 @@ class SceneDialogueData(InstructionData):
     def entries(self, split: Split = "train") -> Iterator[Entry | tuple[str, BadSample]]:
         """The conversations of a split; the name of an image is what its scene is made from."""
         check_split(split)
-        draws = self.draws if split == "train" and self.about == "questions" else 1
-        for draw in range(draws):
+        forms: list[tuple[About, int]] = []
+        if self.about != "questions":
+            forms.append(("caption", 0))
+        if self.about != "caption":
+            forms += [("questions", draw) for draw in range(self.draws if split == "train" else 1)]
+        for about, draw in forms:
             for number in range(self.num_train if split == "train" else self.num_test):
                 scene = make_scene(number, split, seed=self.content_seed)
-                row = {"image": f"{split}/{number}", "messages": scene_conversation(scene, self.about, draw)}
+                row = {"image": f"{split}/{number}", "messages": scene_conversation(scene, about, draw)}
                 yield Entry(json.dumps(row).encode(), Path(), f"scene {number}")
 
     def _source(self, processor: Any, entries: list[Entry]) -> Conversations:

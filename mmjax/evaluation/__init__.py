@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from mmjax.lazy import attach
 
 if TYPE_CHECKING:
+    from mmjax.evaluation.answering import accuracy_by_kind, answer_questions, attention_to_image
     from mmjax.evaluation.embed import embed_images, embed_texts
     from mmjax.evaluation.linear_probe import LinearProbe, fit_linear_probe
     from mmjax.evaluation.metrics import accuracy, confusion_matrix, label_ranks, top_k_accuracy
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
+    "answering": ("accuracy_by_kind", "answer_questions", "attention_to_image"),
     "embed": ("embed_images", "embed_texts"),
     "linear_probe": ("LinearProbe", "fit_linear_probe"),
     "metrics": ("accuracy", "confusion_matrix", "label_ranks", "top_k_accuracy"),
@@ -47,6 +49,9 @@ __all__ = [
     "ZeroShotAccuracy",
     "ZeroShotScores",
     "accuracy",
+    "accuracy_by_kind",
+    "answer_questions",
+    "attention_to_image",
     "confusion_matrix",
     "embed_examples",
     "embed_images",

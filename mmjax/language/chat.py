@@ -134,6 +134,8 @@ def answer_spans(
     template: ChatTemplate,
     messages: Sequence[Mapping[str, Any]],
     ends: Sequence[str],
+    *,
+    rendered: str | None = None,
     **options: Any,
 ) -> list[tuple[int, int]]:
     """Where in `render_chat`'s text the assistant's messages stand, each with the token that ends it.
@@ -143,6 +145,7 @@ def answer_spans(
     Args:
         template, messages, options: as `render_chat` takes them.
         ends: special tokens; one that follows a message, be it after white space, belongs to it.
+        rendered: `render_chat`'s text, where it is known.
 
     Returns:
         (first character, one past the last) of each, in order.
@@ -172,7 +175,9 @@ def answer_spans(
         else:
             plain += part
     complete = len(spans) >= answers if marked else len(spans) == answers
-    if plain != render_chat(template, messages, **options) or not complete:
+    if rendered is None:
+        rendered = render_chat(template, messages, **options)
+    if plain != rendered or not complete:
         raise DataError(
             f"{template.where}: the template changes what the assistant said, so answers cannot be found"
         )
@@ -247,6 +252,7 @@ def _mark(text: str, tokens: Iterable[str], mark: str) -> str:
     """
     places: set[int] = set()
     start, end = len(text) - len(text.lstrip()), len(text.rstrip())
+    first, last = text[start : start + 1], text[:end][-1:]
     for token in tokens:
         place = text.find(token)
         while place >= 0:
@@ -255,9 +261,10 @@ def _mark(text: str, tokens: Iterable[str], mark: str) -> str:
             places.add(place + 1)
             place = text.find(token, place + 1)
         for half in range(1, len(token)):
-            if text.endswith(token[:half], start, end):
+            # One letter rules most halves out, and there are many.
+            if token[half - 1] == last and text.endswith(token[:half], start, end):
                 places.add(end)
-            if text.startswith(token[half:], start, end):
+            if token[half] == first and text.startswith(token[half:], start, end):
                 places.add(start)
     for place in sorted(places, reverse=True):
         text = text[:place] + mark + text[place:]

@@ -12,6 +12,7 @@ import datetime
 import functools
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any
 
@@ -314,8 +315,8 @@ class ChatTemplate:
             DataError: the template refuses the messages, fails, or does more than its budget allows.
         """
         code, size, _, _ = _compiled(self)
-        sandbox = _Sandbox()
-        sandbox.text_size, sandbox.answer_marks = size, answer_marks
+        sandbox = _sandbox_of_thread()
+        sandbox.budget, sandbox.text_size, sandbox.answer_marks = _Budget(), size, answer_marks
         template = Template.from_code(sandbox, code, dict(sandbox.globals))
         given = {name: plain_data(value) for name, value in variables.items()}
         text: list[str] = []
@@ -342,6 +343,20 @@ class ChatTemplate:
     def marks_answers(self) -> bool:
         """Whether the template says by generation tags what the assistant wrote."""
         return _compiled(self)[3]
+
+
+_threads = threading.local()
+
+
+def _sandbox_of_thread() -> _Sandbox:
+    """A sandbox costs more to make than a conversation to render: each thread makes one.
+
+    What a rendering may change in it is set anew before each, the budget and the marks; templates cannot reach
+    it.
+    """
+    if not hasattr(_threads, "sandbox"):
+        _threads.sandbox = _Sandbox()
+    return _threads.sandbox
 
 
 @functools.lru_cache(maxsize=32)

@@ -306,9 +306,16 @@ class Tokenizer:
         ids, places = self._backend.encode_pieces(pieces)
         if not answers:
             return ids, []
-        spans = answer_spans(template, chat, [text for text, special in added if special], **options)
+        ends = [text for text, special in added if special]
+        # Marks that are cut away can change what a template writes; without any it has been rendered already.
+        rendered = pieces[0] if len(pieces) == 1 else None
+        spans = answer_spans(template, chat, ends, rendered=rendered, **options)
         # A token may begin with the space before an answer.
-        return ids, [int(any(last > begin and first < end for begin, end in spans)) for first, last in places]
+        begins, limits = np.array(spans, np.int64).reshape(-1, 2).T
+        firsts, lasts = np.array(places, np.int64).reshape(-1, 2).T
+        after = np.searchsorted(begins, lasts)  # spans that begin before a token's end
+        inside = (after > 0) & (firsts < np.concatenate([[0], limits])[after])
+        return ids, inside.astype(int).tolist()
 
     def _template(self, name: str | None, has_tools: bool) -> Any:
         from mmjax.language.templates import ChatTemplate

@@ -7,7 +7,7 @@ from mmjax.lazy import attach
 if TYPE_CHECKING:
     from mmjax.training.compose import LlavaFromParts
     from mmjax.training.experiment import Experiment, Stage, Train
-    from mmjax.training.features import keep_features
+    from mmjax.training.features import KeepFeatures, keep_features
     from mmjax.training.interrupts import Interrupted
     from mmjax.training.loop import train
     from mmjax.training.lora import (
@@ -50,6 +50,7 @@ __all__ = [
     "FromConfig",
     "FromFolder",
     "Interrupted",
+    "KeepFeatures",
     "Linear",
     "LlavaFromParts",
     "LoraConfig",
@@ -93,7 +94,7 @@ __getattr__, __dir__ = attach(
     {
         "compose": ("LlavaFromParts",),
         "experiment": ("Experiment", "Stage", "Train"),
-        "features": ("keep_features",),
+        "features": ("KeepFeatures", "keep_features"),
         "interrupts": ("Interrupted",),
         "loop": ("train",),
         "lora": (

@@ -140,6 +140,11 @@ class Experiment:
         export: called once at the end with the Outcome and the folder for the final weights; None
             exports nothing.
         smoke: overrides that `--smoke` applies for a quick try, such as ("train.steps=20",).
+        before: experiments that are run first, whose models or data this one opens; see
+            `mmjax.training.before.in_order` for what they share with it.
+        prepare: called once before the first step with the Outcome that the run begins with and a function
+            that takes a line to show; for what the stages' data needs of the model. It is called again when
+            a run is resumed.
     """
 
     name: str
@@ -152,6 +157,8 @@ class Experiment:
     preview: Callable[[Outcome, Path], None] | None = None
     export: Callable[[Outcome, Path], None] | None = export_hub
     smoke: tuple[str, ...] = ("train.steps=2",)
+    before: tuple[Experiment, ...] = ()
+    prepare: Callable[[Outcome, Callable[[str], None]], None] | None = None
 
     def __post_init__(self) -> None:
         _check_name("experiment name", self.name)
@@ -161,7 +168,11 @@ class Experiment:
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise ConfigError(f"experiment {self.name!r}: two stages are named {repeated[0]!r}")
+        earlier = [each.name for each in self.before]
+        if len(set(earlier)) < len(earlier):
+            raise ConfigError(f"experiment {self.name!r}: two experiments before it have the same name")
         object.__setattr__(self, "stages", tuple(self.stages))
+        object.__setattr__(self, "before", tuple(self.before))
         object.__setattr__(self, "mesh", tuple(dict(self.mesh).items()))
 
     def settings(self, stage: Stage) -> Train:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +16,10 @@ import numpy as np
 
 from mmjax.data.config import Progress, Split
 from mmjax.data.faults import BadSample
-from mmjax.data.features import write_features
+from mmjax.data.features import FeatureStore, write_features
+from mmjax.data.sources import digest
+from mmjax.errors import DataError
+from mmjax.training.outcome import Outcome
 from mmjax.training.state import flatten
 
 if TYPE_CHECKING:
@@ -34,6 +40,7 @@ def keep_features(
     split: Split = "train",
     batch_size: int = 32,
     dtype: str = "bfloat16",
+    identity: str | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Compute what a model's eyes see in the images of instruction data, and keep it.
@@ -50,6 +57,7 @@ def keep_features(
         split: whose images.
         batch_size: tiles that go through the eyes together.
         dtype: kept as "bfloat16", "float16" or "float32".
+        identity: tells these features from others; None: a digest of the eyes' parameters.
         progress: called with (conversations done, conversations).
 
     Returns:
@@ -82,7 +90,44 @@ def keep_features(
         if waiting:
             yield from features(waiting)
 
-    return write_features(folder, all_features(), dtype=dtype, identity=_digest(params))
+    return write_features(folder, all_features(), dtype=dtype, identity=identity or _digest(params))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeepFeatures:
+    """An experiment's `prepare`: `keep_features`, unless the same features are there.
+
+    Args:
+        folder, split, batch_size, dtype: as for `keep_features`.
+        data: its images are kept; its own `features` are not looked at.
+    """
+
+    folder: str
+    data: Any
+    split: Split = "train"
+    batch_size: int = 32
+    dtype: str = "bfloat16"
+
+    def __call__(self, outcome: Outcome, say: Callable[[str], None]) -> None:
+        data = dataclasses.replace(self.data, features=None)
+        identity = digest(_digest(outcome.params), repr(data), self.split, self.dtype)
+        with contextlib.suppress(DataError):
+            if FeatureStore(self.folder).identity == identity:
+                return
+        began = time.monotonic()
+        keep_features(
+            self.folder,
+            outcome.model,
+            outcome.params,
+            outcome.processor,
+            data,
+            split=self.split,
+            batch_size=self.batch_size,
+            dtype=self.dtype,
+            identity=identity,
+        )
+        kept = len(FeatureStore(self.folder))
+        say(f"kept what the eyes see in {kept:,} images in {self.folder} ({time.monotonic() - began:.0f} s)")
 
 
 def _pictures(source: Conversations, progress: Progress | None) -> Iterator[Picture]:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from mmjax.training.loop import Run
 
 
+_OF_EARLIER = ("metrics", "stages", "parameters", "total_seconds")
+
+
 def introduce(
     progress: PlainProgress | LiveProgress | SilentProgress,
     experiment: Experiment,
@@ -59,7 +62,16 @@ def finish(run: Run, state: TrainState) -> Outcome:
         run.faults = add_faults(run.channel.agree(run.faults))
         own, local = gather(run.opened.model, params, mesh)
         params, mesh = (params, mesh) if own is None else (own, local)
-    outcome = Outcome(
+    outcome = outcome_of(run, params, mesh)
+    if run.channel.index == 0:
+        outcome = _evaluate(run, outcome)
+        _leave(run, outcome, trained_seconds)
+    return outcome
+
+
+def outcome_of(run: Run, params: Any, mesh: Mesh) -> Outcome:
+    """The run as its experiment's own functions see it, with these parameters."""
+    return Outcome(
         name=run.experiment.name,
         model=run.opened.model,
         params=params,
@@ -68,10 +80,6 @@ def finish(run: Run, state: TrainState) -> Outcome:
         mesh=mesh,
         folder=run.folders.output,
     )
-    if run.channel.index == 0:
-        outcome = _evaluate(run, outcome)
-        _leave(run, outcome, trained_seconds)
-    return outcome
 
 
 def _evaluate(run: Run, outcome: Outcome) -> Outcome:
@@ -94,9 +102,15 @@ def _leave(run: Run, outcome: Outcome, trained_seconds: float) -> None:
         written.append(folders.output / "preview.png")
     folders.write_result(_result(run, outcome, trained_seconds))
     written.append(folders.output / "result.json")
-    run.progress.say(f"done in {format_seconds(time.monotonic() - run.began)}; wrote")
+    before = sum(result["total_seconds"] for result in run.earlier.values())
+    run.progress.say(f"done in {format_seconds(time.monotonic() - run.began + before)}; wrote")
     for path in written:
         run.progress.say(f"  {path}")
+    for name, value in outcome.metrics.items():
+        if isinstance(value, str):
+            run.progress.say(f"{name}:")
+            for line in value.splitlines():
+                run.progress.say(f"  {line}")
 
 
 def _result(run: Run, outcome: Outcome, trained_seconds: float) -> dict[str, Any]:
@@ -119,4 +133,5 @@ def _result(run: Run, outcome: Outcome, trained_seconds: float) -> dict[str, Any
         "processes": run.channel.count,
         "broken_samples": run.faults,
         "jax": jax.__version__,
+        "before": {name: {k: result[k] for k in _OF_EARLIER} for name, result in run.earlier.items()},
     }

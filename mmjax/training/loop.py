@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,17 @@ from mmjax.parallel import make_mesh
 from mmjax.parallel.channel import Alone
 from mmjax.parallel.distributed import batch_part
 from mmjax.parallel.rendezvous import connect
+from mmjax.training.before import in_order, result_of
 from mmjax.training.changes import changes, describe
 from mmjax.training.experiment import Experiment
-from mmjax.training.finish import finish, introduce
+from mmjax.training.finish import finish, introduce, outcome_of
 from mmjax.training.folders import RunFolders
 from mmjax.training.interrupts import Interrupted, Interrupts
 from mmjax.training.outcome import Outcome
 from mmjax.training.progress import Meter, make_progress
 from mmjax.training.records import Recorder
 from mmjax.training.stage_run import Cursor, NotFiniteError, StageRun
-from mmjax.training.state import TrainState, state_to_arrays
+from mmjax.training.state import TrainState, merge, state_to_arrays
 from mmjax.training.step import GRADIENT, Metrics
 from mmjax.training.together import claim, ending_together, newest_checkpoint
 
@@ -72,9 +73,34 @@ def train(
         interrupts = stack.enter_context(Interrupts(channel.request_stop))
         claim(folders, channel, resume=resume, overwrite=overwrite)
         try:
-            return Run(experiment, folders, interrupts, channel).go()
+            *earlier, last = in_order(experiment, Path(workdir))
+            results: dict[str, Any] = {}
+            for each in earlier:
+                own = RunFolders(Path(workdir), each.name)
+                results[each.name] = _earlier(each, own, interrupts, channel, resume, overwrite)
+            return Run(last, folders, interrupts, channel, results).go()
         finally:
             folders.release()
+
+
+def _earlier(
+    experiment: Experiment,
+    folders: RunFolders,
+    interrupts: Interrupts,
+    channel: Alone,
+    resume: bool,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """The result of an experiment that another needs, which is run unless it has been."""
+    claim(folders, channel, resume=resume, overwrite=overwrite)
+    try:
+        done = channel.agree(result_of(folders) if channel.index == 0 else None)[0]
+        if done is None or not folders.model.is_dir():
+            Run(experiment, folders, interrupts, channel).go()
+            done = channel.agree(result_of(folders) if channel.index == 0 else None)[0]
+        return done
+    finally:
+        folders.release()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,12 +132,19 @@ class Run:
         folders: claimed.
         interrupts: entered.
         channel: to the other processes.
+        earlier: result.json of the experiments before this one, by name.
     """
 
     def __init__(
-        self, experiment: Experiment, folders: RunFolders, interrupts: Interrupts, channel: Alone
+        self,
+        experiment: Experiment,
+        folders: RunFolders,
+        interrupts: Interrupts,
+        channel: Alone,
+        earlier: Mapping[str, Any] | None = None,
     ) -> None:
         self.began = time.monotonic()
+        self.earlier = dict(earlier or {})
         self.channel = channel
         self.experiment, self.folders, self.interrupts = experiment, folders, interrupts
         if experiment.train.compilation_cache:
@@ -141,6 +174,7 @@ class Run:
                 self.progress.say(f"resumed from {self.store.path(start.checkpoint)}")
                 for line in start.changes:
                     self.progress.say(f"changed since that checkpoint: {line}")
+            self._prepare()
             state = self._train(start)
             self.recorder.flush_to_disk()
             self.progress.close()
@@ -148,6 +182,15 @@ class Run:
         finally:
             self.progress.close()
             self.recorder.close()
+
+    def _prepare(self) -> None:
+        """Have the experiment make what its data needs; process 0 does, the others wait."""
+        if self.experiment.prepare is None:
+            return
+        if self.channel.index == 0:
+            params = merge(self.opened.params())
+            self.experiment.prepare(outcome_of(self, params, self.mesh), self.progress.say)
+        self.channel.agree(None)
 
     def _train(self, start: Start) -> TrainState:
         run = self.stages[start.stage]
