@@ -65,6 +65,30 @@ def scene_questions(scene: Scene, draw: int = 0) -> tuple[Question, ...]:
     return tuple(dice.shuffled(asked))
 
 
+def presence_probes(scene: Scene) -> tuple[Question, Question]:
+    """Two questions whether a shape in a colour is there: one that is, and one that is not.
+
+    The absent one has, where that is possible, a colour and a shape that are both in the picture, each on
+    another thing: who says what is likely, and not what is there, says yes.
+
+    Args:
+        scene: what they are about.
+
+    >>> from mmjax.data.scenes import make_scene
+    >>> [question.answer for question in presence_probes(make_scene(9))]
+    ['yes', 'no']
+    """
+    dice = Dice(scene.seed, "probes", scene.split, scene.number)
+    names = sorted({thing.name for thing in scene.shapes})
+    thing = dice.pick(scene.shapes)
+    there = describe(thing, size=False, place=False)
+    absent = with_article(_absent(scene, names, dice))
+    return (
+        _question("presence", dice, there, "yes", thing),
+        _question("presence", dice, absent, "no"),
+    )
+
+
 def blind_guesses(training: Iterable[Question]) -> Callable[[Question], str]:
     """The best guess without a picture: what was most often right for the same words, else for the kind.
 

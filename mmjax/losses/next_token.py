@@ -271,7 +271,7 @@ def _gradients(
             mine = jnp.where(own, narrow, 0)
             part = jnp.einsum("btv,dv->btd", mine, kernel, preferred_element_type=tiles.sums)
             part = part + tiles.take(to_hidden, row)
-            block = block + jnp.einsum("btd,btv->dv", x, narrow, preferred_element_type=tiles.sums)
+            block = block + _summed_outer(x, narrow, tiles.sums)
             bias_block = None if bias is None else bias_block + slope.sum(axis=(0, 1))
             to_hidden = lax.dynamic_update_slice_in_dim(to_hidden, part, row, axis=1)
             return (to_hidden, block, bias_block), None
@@ -293,6 +293,18 @@ def _gradients(
         None if tiles.bias is None else jnp.zeros_like(tiles.bias),
     )
     return lax.scan(by_column, start, tiles.columns)[0]
+
+
+def _summed_outer(x: Array, y: Array, sums: Any) -> Array:
+    """[B, T, D] and [B, T, V] to [D, V], summed over B and T.
+
+    Over two axes, XLA's CPU backend has no product of narrow numbers with wide sums where tokens are few, and
+    fails while it runs: there they are one axis.
+    """
+    if x.dtype == sums:
+        return jnp.einsum("btd,btv->dv", x, y)
+    x, y = (z.reshape(-1, z.shape[-1]) for z in (x, y))
+    return jnp.einsum("nd,nv->dv", x, y, preferred_element_type=sums)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -6,10 +6,10 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from mmjax.errors import ConfigError
-from mmjax.training.optimizer import Rule
+from mmjax.training.optimizer import OptimizerName, Rule
 from mmjax.training.outcome import Outcome, export_hub
 from mmjax.training.schedules import Frozen, Schedule
 from mmjax.training.source import FromConfig, FromFolder
@@ -36,6 +36,7 @@ class Train:
         batch_size: samples per step, over all devices and micro-batches.
         accumulate: micro-batches per step, run one after another; the step's result is the whole batch's,
             also where the loss compares its samples with each other (gradient caching).
+        optimizer: "adamw", or "muon" (see `mmjax.training.make_optimizer`).
         seed: of the parameters, the order of samples and dropout.
         weight_decay: AdamW's, on arrays of two or more dimensions.
         b1, b2, eps: Adam's constants.
@@ -53,6 +54,7 @@ class Train:
     steps: int = 1000
     batch_size: int = 64
     accumulate: int = 1
+    optimizer: OptimizerName = "adamw"
     seed: int = 0
     weight_decay: float = 0.0
     b1: float = 0.9
@@ -73,6 +75,9 @@ class Train:
             _require(getattr(self, name) >= 0, f"train.{name}", "zero or more", getattr(self, name))
         for name in ("b1", "b2", "ema_decay"):
             _require(0 <= getattr(self, name) < 1, f"train.{name}", "in [0, 1)", getattr(self, name))
+        _require(
+            self.optimizer in get_args(OptimizerName), "train.optimizer", "adamw or muon", self.optimizer
+        )
         _require(self.eps > 0, "train.eps", "above zero", self.eps)
         if self.batch_size % self.accumulate:
             raise ConfigError(

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from mmjax.errors import ConfigError
 from mmjax.training.schedules import Frozen, Schedule
+
+OptimizerName = Literal["adamw", "muon"]
+# Of the entries of Muon's step, before the rate: about as large as those of Adam's.
+_MUON_RMS = 0.2
 
 
 class Rule(NamedTuple):
@@ -84,8 +89,12 @@ def make_optimizer(
     eps: float,
     weight_decay: float,
     clip_norm: float,
+    optimizer: OptimizerName = "adamw",
 ) -> optax.GradientTransformation:
-    """AdamW over a flat dict of parameters: clip, Adam moments, decay, then each rule's own rate.
+    """AdamW or Muon over a flat dict of parameters: clip, direction, decay, then each rule's own rate.
+
+    With "muon" the kernels of two dimensions move along their orthogonalised momentum, scaled so that the
+    rates of AdamW serve it too; all others (tables, norms, biases, patches) follow Adam.
 
     Args:
         labels: parameter path to rule index, for the trained parameters.
@@ -94,18 +103,41 @@ def make_optimizer(
         weight_decay: multiplies the parameter and is added to Adam's direction, before the rate;
             only for arrays of two or more dimensions, so never for biases, norms and scales.
         clip_norm: largest global norm of the gradients; 0 does not clip.
+        optimizer: "adamw" or "muon".
 
     Returns:
         An optax transformation over dict[path, array].
 
-    Source: Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2.
+    Source: Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2; Jordan et al. 2024,
+    "Muon", and Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2 (the scale).
     """
-    parts = [optax.scale_by_adam(b1=b1, b2=b2, eps=eps)]
+    direction = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
+    if optimizer == "muon":
+        muon = optax.chain(scale_by_muon(weight_dimension_numbers=_as_matrices), optax.stateless(_like_adam))
+        direction = optax.partition({"muon": muon, "adam": direction}, _muon_or_adam)
+    parts = [direction]
     if clip_norm:
         parts.insert(0, optax.clip_by_global_norm(clip_norm))
     if weight_decay:
         parts.append(optax.add_decayed_weights(weight_decay, mask=_matrices))
     return optax.chain(*parts, _scale_by_rule(labels, schedules))
+
+
+def _muon_or_adam(params: Mapping[str, Any]) -> dict[str, str]:
+    """Which parameters follow which direction, by path."""
+    return {
+        path: "muon" if path.endswith("/kernel") and leaf.ndim == 2 else "adam"
+        for path, leaf in params.items()
+    }
+
+
+def _as_matrices(params: optax.Params) -> optax.Params:
+    return jax.tree.map(lambda _: MuonDimensionNumbers(), params)
+
+
+def _like_adam(updates: optax.Updates, params: optax.Params | None) -> optax.Updates:
+    """Orthogonal matrices, scaled so that their entries are about as large as those of Adam's direction."""
+    return jax.tree.map(lambda x: _MUON_RMS * max(x.shape) ** 0.5 * x, updates)
 
 
 def _matrices(params: optax.Params) -> optax.Params:

@@ -90,6 +90,7 @@ class StageRun:
             eps=self.settings.eps,
             weight_decay=self.settings.weight_decay,
             clip_norm=self.settings.clip_norm,
+            optimizer=self.settings.optimizer,
         )
         self._key = jax.random.fold_in(jax.random.key(self.settings.seed), index + 1)
         shapes = jax.eval_shape(self._create, opened.shapes, self._key)

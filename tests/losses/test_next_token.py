@@ -139,6 +139,20 @@ def test_one_entry_and_one_token():
     assert float(next_token(jnp.ones((1, 1, 3)), jnp.ones((3, 4)), jnp.zeros((1, 1), int))) == 0.0
 
 
+@pytest.mark.parametrize("shape", [(1, 7), (4, 33), (32, 26)], ids=str)
+def test_few_tokens_of_a_wider_model_in_bfloat16(shape):
+    """Products over batch and time at once are not in every CPU backend for so few."""
+    key = jax.random.key(0)
+    hidden = jax.random.normal(key, (*shape, 128))
+    kernel = 0.1 * jax.random.normal(jax.random.fold_in(key, 1), (128, 512))
+    labels = jax.random.randint(jax.random.fold_in(key, 2), shape, 0, 512)
+    gradients = jax.jit(jax.grad(next_token, (0, 1)))
+    narrow = gradients(hidden.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16), labels)
+    for mine, wanted in zip(narrow, gradients(hidden, kernel, labels), strict=True):
+        error = np.abs(np.asarray(mine, np.float32) - np.asarray(wanted)).max()
+        assert error <= 2e-2 * np.abs(np.asarray(wanted)).max()
+
+
 def test_bfloat16_has_float32_sums():
     given = inputs()
     narrow = {**given, **{name: jnp.asarray(given[name], jnp.bfloat16) for name in (*PLAIN, "bias")}}

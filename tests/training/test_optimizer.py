@@ -85,3 +85,32 @@ def test_adamw_by_hand(clip_norm: float, weight_decay: float) -> None:
             wanted[path] = wanted[path] - rate * direction
     for path, value in wanted.items():
         np.testing.assert_allclose(np.asarray(params[path]), value, rtol=2e-5, atol=1e-6)
+
+
+def test_muon_moves_kernels_along_orthogonal_matrices_and_all_else_as_adamw() -> None:
+    shapes = {
+        "eyes/kernel": (6, 9),
+        "eyes/bias": (9,),
+        "patch/kernel": (2, 2, 3, 4),
+        "table/embedding": (5, 4),
+    }
+    schedules = {0: Constant(value=0.1).build(1)}
+    options = {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 0.0}
+    params = {path: jnp.zeros(shape) for path, shape in shapes.items()}
+    generator = np.random.default_rng(0)
+    grads = {
+        path: jnp.asarray(generator.standard_normal(shape), jnp.float32) for path, shape in shapes.items()
+    }
+    steps = {}
+    for name in ("adamw", "muon"):
+        optimizer = make_optimizer(dict.fromkeys(shapes, 0), schedules, optimizer=name, **options)
+        steps[name], _ = optimizer.update(grads, optimizer.init(params), params)
+    for path in shapes:
+        if path != "eyes/kernel":
+            np.testing.assert_array_equal(steps["muon"][path], steps["adamw"][path])
+    moved = -np.asarray(steps["muon"]["eyes/kernel"]) / (0.1 * 0.2 * 9**0.5)
+    left, _, right = np.linalg.svd(np.asarray(grads["eyes/kernel"]), full_matrices=False)
+    # Five steps of Newton and Schulz bring every singular value near one, and keep the singular vectors.
+    turned = left.T @ moved @ right.T
+    assert np.abs(turned - np.diag(np.diag(turned))).max() < 1e-4
+    assert (np.diag(turned) > 0.6).all() and (np.diag(turned) < 1.3).all()
