@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import enum
 import os
+import re
 import signal
 import socket
 import threading
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# What `warnings` makes of the filter that `Interrupts` sets: action, message, category, module, line.
+_UNCLOSED = ("ignore", re.compile("unclosed", re.IGNORECASE), ResourceWarning, None, 0)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -25,20 +31,33 @@ class Interrupted(KeyboardInterrupt):
         self.exit_code, self.agreed = 128 + number, agreed
 
 
-class Interrupts:
-    """Context in which a first signal is remembered or raised, and a second one ends the process.
+class _Mode(enum.Enum):
+    HOLD = enum.auto()
+    RAISE = enum.auto()
+    POLITE = enum.auto()
 
-    Outside `polite` a first signal raises Interrupted where the program stands; inside, it only
-    sets `requested`. Only the main thread can be sent signals; elsewhere the context does nothing.
+
+class Interrupts:
+    """Context in which a first signal stops the run where nothing is left open; a second ends the process.
+
+    A signal's handler runs between any two bytecodes, so what it raises may come between a file's opening
+    and the `with` that closes it, or into a `finally`. Hence a first signal is held; it raises Interrupted
+    where the program stands only inside `raising`, else where `raising` or `polite` begins next, or at this
+    context's end. Inside `polite` it only sets `requested`. What has to be closed is opened and closed
+    outside both. Only the main thread can be sent signals; elsewhere the context does nothing.
 
     Args:
-        on_request: called with the signal's number when `requested` is set, inside the signal handler.
+        on_request: called with the signal's number when it comes inside `polite`, in the signal handler.
+
+    Attributes:
+        requested: the signal that came; None before.
     """
 
     def __init__(self, on_request: Callable[[int], None] = lambda number: None) -> None:
         self._on_request = on_request
         self.requested: int | None = None
-        self.polite = False
+        self._held: int | None = None
+        self._mode = _Mode.HOLD
         self._old: dict[int, object] = {}
         self._old_descriptor = -1
 
@@ -61,13 +80,56 @@ class Interrupts:
             # Closing the writer ends the thread, which then closes its own end.
             self._writer.close()
             self._old = {}
+        with contextlib.suppress(ValueError):
+            warnings.filters.remove(_UNCLOSED)  # type: ignore[attr-defined]
+        if kind is None:
+            self._raise_held()
+
+    @contextlib.contextmanager
+    def raising(self) -> Iterator[None]:
+        """Context for long work that may be left anywhere: a first signal raises Interrupted at once."""
+        with self._in(_Mode.RAISE):
+            yield
+
+    @contextlib.contextmanager
+    def polite(self) -> Iterator[None]:
+        """Context for steps, which look at `requested` themselves; one that was held is raised first."""
+        with self._in(_Mode.POLITE):
+            yield
+
+    @contextlib.contextmanager
+    def _in(self, mode: _Mode) -> Iterator[None]:
+        try:
+            # In this order: a signal between the two lines is answered in the new way.
+            self._mode = mode
+            self._raise_held()
+            yield
+        finally:
+            # A signal that raises just before this line was the first, and only the first is raised.
+            self._mode = _Mode.HOLD
+
+    def _raise_held(self) -> None:
+        if self._held is not None:
+            number, self._held = self._held, None
+            raise _between(number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         first, self.requested = self.requested is None, number
-        if first and self.polite:
+        if not first:
+            return
+        if self._mode is _Mode.POLITE:
             self._on_request(number)
-        elif first:
-            raise Interrupted(number, "stopped between steps; --resume goes on from the newest checkpoint")
+        elif self._mode is _Mode.RAISE:
+            # A reader that is interrupted as it opens a file loses it, and Python closes it at once; under
+            # `-W error` it would complain of what the signal did.
+            warnings.filterwarnings("ignore", "unclosed", ResourceWarning)
+            raise _between(number)
+        else:
+            self._held = number
+
+
+def _between(number: int) -> Interrupted:
+    return Interrupted(number, "stopped between steps; --resume goes on from the newest checkpoint")
 
 
 def _quit_on_second(reader: socket.socket) -> None:

@@ -70,11 +70,11 @@ def train(
             channel = connect()
             stack.enter_context(ending_together(channel))
         interrupts = stack.enter_context(Interrupts(channel.request_stop))
-        claim(folders, channel, resume=resume, overwrite=overwrite)
-        try:
-            return Run(experiment, folders, interrupts, channel).go()
-        finally:
-            folders.release()
+        stack.callback(folders.release)
+        claim(folders, channel, interrupts, resume=resume, overwrite=overwrite)
+        with interrupts.raising():
+            run = Run(experiment, folders, interrupts, channel)
+        return run.go()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,14 +129,16 @@ class Run:
 
     def go(self) -> Outcome:
         """Train what is left, then evaluate, export and draw."""
-        start = self._find_start()
+        with self.interrupts.raising():
+            start = self._find_start()
         self.began -= start.seconds
         process = self.channel.index
         self.progress = make_progress(process)
         log_samples = self.experiment.train.log_samples
         self.recorder = Recorder(self.folders.output, start.step, log_samples=log_samples, process=process)
         try:
-            introduce(self.progress, self.experiment, self.opened, self.mesh, self.stages[start.stage :])
+            with self.interrupts.raising():
+                introduce(self.progress, self.experiment, self.opened, self.mesh, self.stages[start.stage :])
             if start.checkpoint is not None:
                 self.progress.say(f"resumed from {self.store.path(start.checkpoint)}")
                 for line in start.changes:
@@ -144,22 +146,25 @@ class Run:
             state = self._train(start)
             self.recorder.flush_to_disk()
             self.progress.close()
-            return finish(self, state)
+            with self.interrupts.raising():
+                return finish(self, state)
         finally:
             self.progress.close()
             self.recorder.close()
 
     def _train(self, start: Start) -> TrainState:
         run = self.stages[start.stage]
-        if start.checkpoint is None:
-            state = run.fresh(self.opened.params())
-        else:
-            state = run.restore(self.store, start.checkpoint)
+        with self.interrupts.raising():
+            if start.checkpoint is None:
+                state = run.fresh(self.opened.params())
+            else:
+                state = run.restore(self.store, start.checkpoint)
         cursor, before = start.cursor, start.step - start.cursor.step
         for index in range(start.stage, len(self.stages)):
             if index > start.stage:
                 run = self.stages[index]
-                state = run.fresh({**state.params, **state.frozen})
+                with self.interrupts.raising():
+                    state = run.fresh({**state.params, **state.frozen})
                 cursor = Cursor(0, None)
             if cursor.step < run.settings.steps:
                 state = self._train_stage(run, state, cursor, before)
@@ -187,36 +192,36 @@ class Run:
 
         with self._batches(run, cursor) as batches:
             cursor = Cursor(cursor.step, batches.get_state())
-            self.interrupts.polite = True
-            while cursor.step < settings.steps:
-                try:
-                    if self.channel.may_go_on(before + cursor.step):
-                        state, cursor = run.steps(state, cursor, batches, settled, pause)
-                except NotFiniteError as error:
-                    self._keep(run, error.state, error.cursor, before)
-                    raise self._bad_step(run, error, before) from None
-                self._look_at_faults(run, batches)
-                self._keep(run, state, cursor, before)
-                self._stop_if_asked(before + cursor.step)
-            self.interrupts.polite = False
+            with self.interrupts.polite():
+                while cursor.step < settings.steps:
+                    try:
+                        if self.channel.may_go_on(before + cursor.step):
+                            state, cursor = run.steps(state, cursor, batches, settled, pause)
+                    except NotFiniteError as error:
+                        self._keep(run, error.state, error.cursor, before)
+                        raise self._bad_step(run, error, before) from None
+                    self._look_at_faults(run, batches)
+                    self._keep(run, state, cursor, before)
+                    self._stop_if_asked(before + cursor.step)
             self._stop_if_asked(before + cursor.step)
         return state
 
     @contextlib.contextmanager
     def _batches(self, run: StageRun, cursor: Cursor) -> Iterator[Any]:
         data = run.stage.data if run.stage.data is not None else self.experiment.data
-        dataset = data.build(
-            processor=self.opened.processor,
-            batch_size=run.settings.batch_size,
-            seed=run.settings.seed,
-            split="train",
-            process_index=self._part,
-            process_count=self._parts,
-        )
+        with self.interrupts.raising():
+            dataset = data.build(
+                processor=self.opened.processor,
+                batch_size=run.settings.batch_size,
+                seed=run.settings.seed,
+                split="train",
+                process_index=self._part,
+                process_count=self._parts,
+            )
         batches = iter(dataset)
-        if cursor.data is not None:
-            batches.set_state(cursor.data)
         try:
+            if cursor.data is not None:
+                batches.set_state(cursor.data)
             yield batches
         finally:
             batches.close()
