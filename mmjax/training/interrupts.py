@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import gc
 import os
-import re
 import signal
 import socket
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# What `warnings` makes of the filter that `Interrupts` sets: action, message, category, module, line.
-_UNCLOSED = ("ignore", re.compile("unclosed", re.IGNORECASE), ResourceWarning, None, 0)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -41,10 +38,10 @@ class Interrupts:
     """Context in which a first signal stops the run where nothing is left open; a second ends the process.
 
     A signal's handler runs between any two bytecodes, so what it raises may come between a file's opening
-    and the `with` that closes it, or into a `finally`. Hence a first signal is held; it raises Interrupted
-    where the program stands only inside `raising`, else where `raising` or `polite` begins next, or at this
-    context's end. Inside `polite` it only sets `requested`. What has to be closed is opened and closed
-    outside both. Only the main thread can be sent signals; elsewhere the context does nothing.
+    and the `with` that closes it, into a `finally`, or into a callback of the compiler, which may then crash.
+    Hence a first signal is held until the program comes to `check`, to `polite`, or to this context's end.
+    Inside `polite` it only sets `requested`, and only inside `raising` it raises Interrupted where the
+    program stands. Only the main thread can be sent signals; elsewhere the context does nothing.
 
     Args:
         on_request: called with the signal's number when it comes inside `polite`, in the signal handler.
@@ -80,16 +77,21 @@ class Interrupts:
             # Closing the writer ends the thread, which then closes its own end.
             self._writer.close()
             self._old = {}
-        with contextlib.suppress(ValueError):
-            warnings.filters.remove(_UNCLOSED)  # type: ignore[attr-defined]
         if kind is None:
-            self._raise_held()
+            self.check()
+
+    def check(self) -> None:
+        """Raise Interrupted for a signal that was held: here nothing is half done."""
+        if self._held is not None:
+            number, self._held = self._held, None
+            raise _between(number)
 
     @contextlib.contextmanager
     def raising(self) -> Iterator[None]:
-        """Context for long work that may be left anywhere: a first signal raises Interrupted at once."""
+        """Context for work without an end in sight: a first signal raises Interrupted at once."""
         with self._in(_Mode.RAISE):
             yield
+        self.check()
 
     @contextlib.contextmanager
     def polite(self) -> Iterator[None]:
@@ -102,16 +104,11 @@ class Interrupts:
         try:
             # In this order: a signal between the two lines is answered in the new way.
             self._mode = mode
-            self._raise_held()
+            self.check()
             yield
         finally:
             # A signal that raises just before this line was the first, and only the first is raised.
             self._mode = _Mode.HOLD
-
-    def _raise_held(self) -> None:
-        if self._held is not None:
-            number, self._held = self._held, None
-            raise _between(number)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         first, self.requested = self.requested is None, number
@@ -119,13 +116,20 @@ class Interrupts:
             return
         if self._mode is _Mode.POLITE:
             self._on_request(number)
-        elif self._mode is _Mode.RAISE:
-            # A reader that is interrupted as it opens a file loses it, and Python closes it at once; under
-            # `-W error` it would complain of what the signal did.
-            warnings.filterwarnings("ignore", "unclosed", ResourceWarning)
+        elif self._mode is _Mode.RAISE and not _in_collector(frame):
             raise _between(number)
         else:
             self._held = number
+
+
+def _in_collector(frame: FrameType | None) -> bool:
+    """Whether Python collects garbage right now: it prints what a callback of that raises, and goes on."""
+    callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
+    while frame is not None:
+        if frame.f_code in callbacks:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _between(number: int) -> Interrupted:

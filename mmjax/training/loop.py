@@ -72,9 +72,7 @@ def train(
         interrupts = stack.enter_context(Interrupts(channel.request_stop))
         stack.callback(folders.release)
         claim(folders, channel, interrupts, resume=resume, overwrite=overwrite)
-        with interrupts.raising():
-            run = Run(experiment, folders, interrupts, channel)
-        return run.go()
+        return Run(experiment, folders, interrupts, channel).go()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +119,9 @@ class Run:
         self.mesh = make_mesh(dict(experiment.mesh) or None)
         self._part, self._parts = batch_part(self.mesh)
         key = jax.random.fold_in(jax.random.key(experiment.train.seed), 0)
+        interrupts.check()
         self.opened = experiment.model.open(experiment.data, key, self.mesh)
+        interrupts.check()
         indices = range(len(experiment.stages))
         self.stages = [StageRun(experiment, index, self.opened, self.mesh) for index in indices]
         self.faults: dict[str, Any] = {}
@@ -129,16 +129,15 @@ class Run:
 
     def go(self) -> Outcome:
         """Train what is left, then evaluate, export and draw."""
-        with self.interrupts.raising():
-            start = self._find_start()
+        start = self._find_start()
+        self.interrupts.check()
         self.began -= start.seconds
         process = self.channel.index
         self.progress = make_progress(process)
         log_samples = self.experiment.train.log_samples
         self.recorder = Recorder(self.folders.output, start.step, log_samples=log_samples, process=process)
         try:
-            with self.interrupts.raising():
-                introduce(self.progress, self.experiment, self.opened, self.mesh, self.stages[start.stage :])
+            introduce(self.progress, self.experiment, self.opened, self.mesh, self.stages[start.stage :])
             if start.checkpoint is not None:
                 self.progress.say(f"resumed from {self.store.path(start.checkpoint)}")
                 for line in start.changes:
@@ -154,17 +153,16 @@ class Run:
 
     def _train(self, start: Start) -> TrainState:
         run = self.stages[start.stage]
-        with self.interrupts.raising():
-            if start.checkpoint is None:
-                state = run.fresh(self.opened.params())
-            else:
-                state = run.restore(self.store, start.checkpoint)
+        if start.checkpoint is None:
+            state = run.fresh(self.opened.params())
+        else:
+            state = run.restore(self.store, start.checkpoint)
+        self.interrupts.check()
         cursor, before = start.cursor, start.step - start.cursor.step
         for index in range(start.stage, len(self.stages)):
             if index > start.stage:
                 run = self.stages[index]
-                with self.interrupts.raising():
-                    state = run.fresh({**state.params, **state.frozen})
+                state = run.fresh({**state.params, **state.frozen})
                 cursor = Cursor(0, None)
             if cursor.step < run.settings.steps:
                 state = self._train_stage(run, state, cursor, before)
@@ -209,15 +207,14 @@ class Run:
     @contextlib.contextmanager
     def _batches(self, run: StageRun, cursor: Cursor) -> Iterator[Any]:
         data = run.stage.data if run.stage.data is not None else self.experiment.data
-        with self.interrupts.raising():
-            dataset = data.build(
-                processor=self.opened.processor,
-                batch_size=run.settings.batch_size,
-                seed=run.settings.seed,
-                split="train",
-                process_index=self._part,
-                process_count=self._parts,
-            )
+        dataset = data.build(
+            processor=self.opened.processor,
+            batch_size=run.settings.batch_size,
+            seed=run.settings.seed,
+            split="train",
+            process_index=self._part,
+            process_count=self._parts,
+        )
         batches = iter(dataset)
         try:
             if cursor.data is not None:
