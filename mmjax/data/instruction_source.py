@@ -64,7 +64,7 @@ class Conversations:
         image_first: see `parse_row`.
         length: longer conversations are cut to so many tokens.
         features: features of the images, in place of their pixels; None: the images are read.
-        tokens: of conversations that were laid out before, so that it is done once; filled while there is room.
+        tokens: of conversations that were laid out before, so that it is done once.
     """
 
     entries: Sequence[Entry]

@@ -23,8 +23,8 @@ def answer_questions(
 ) -> list[str]:
     """The greedy answers of a model that sees to questions, each about an image of its own.
 
-    Each question is the first of a conversation, in the processor's chat template. Questions of about the same
-    length are answered together, so that few programs are compiled.
+    Each question is the first of a conversation, in the processor's chat template. Questions of about the
+    same length are answered together, so that few programs are compiled.
 
     Args:
         model: as `Llava`.

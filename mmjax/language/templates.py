@@ -351,8 +351,8 @@ _threads = threading.local()
 def _sandbox_of_thread() -> _Sandbox:
     """A sandbox costs more to make than a conversation to render: each thread makes one.
 
-    What a rendering may change in it is set anew before each, the budget and the marks; templates cannot reach
-    it.
+    What a rendering may change in it, the budget and the marks, is set anew before each; templates cannot
+    reach it.
     """
     if not hasattr(_threads, "sandbox"):
         _threads.sandbox = _Sandbox()

@@ -71,36 +71,35 @@ def train(
             channel = connect()
             stack.enter_context(ending_together(channel))
         interrupts = stack.enter_context(Interrupts(channel.request_stop))
-        claim(folders, channel, resume=resume, overwrite=overwrite)
-        try:
-            *earlier, last = in_order(experiment, Path(workdir))
-            results: dict[str, Any] = {}
-            for each in earlier:
-                own = RunFolders(Path(workdir), each.name)
-                results[each.name] = _earlier(each, own, interrupts, channel, resume, overwrite)
-            return Run(last, folders, interrupts, channel, results).go()
-        finally:
-            folders.release()
+        stack.callback(folders.release)
+        claim(folders, channel, interrupts, resume=resume, overwrite=overwrite)
+        *earlier, last = in_order(experiment, Path(workdir))
+        results: dict[str, Any] = {}
+        for each in earlier:
+            own = RunFolders(Path(workdir), each.name)
+            with contextlib.ExitStack() as inner:
+                inner.callback(own.release)
+                claim(own, channel, interrupts, resume=resume, overwrite=overwrite)
+                results[each.name] = _earlier(each, own, interrupts, channel)
+        return Run(last, folders, interrupts, channel, results).go()
 
 
 def _earlier(
-    experiment: Experiment,
-    folders: RunFolders,
-    interrupts: Interrupts,
-    channel: Alone,
-    resume: bool,
-    overwrite: bool,
+    experiment: Experiment, folders: RunFolders, interrupts: Interrupts, channel: Alone
 ) -> dict[str, Any]:
-    """The result of an experiment that another needs, which is run unless it has been."""
-    claim(folders, channel, resume=resume, overwrite=overwrite)
-    try:
-        done = channel.agree(result_of(folders) if channel.index == 0 else None)[0]
-        if done is None or not folders.model.is_dir():
-            Run(experiment, folders, interrupts, channel).go()
-            done = channel.agree(result_of(folders) if channel.index == 0 else None)[0]
-        return done
-    finally:
-        folders.release()
+    """The result of an experiment that another needs, which is run unless it has been; process 0 decides."""
+
+    def left() -> dict[str, Any] | None:
+        found = result_of(folders) if channel.index == 0 else None
+        return channel.agree(found)[0]
+
+    result = left()
+    if result is None:
+        Run(experiment, folders, interrupts, channel).go()
+        result = left()
+    assert result is not None
+    interrupts.check()
+    return result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +153,9 @@ class Run:
         self.mesh = make_mesh(dict(experiment.mesh) or None)
         self._part, self._parts = batch_part(self.mesh)
         key = jax.random.fold_in(jax.random.key(experiment.train.seed), 0)
+        interrupts.check()
         self.opened = experiment.model.open(experiment.data, key, self.mesh)
+        interrupts.check()
         indices = range(len(experiment.stages))
         self.stages = [StageRun(experiment, index, self.opened, self.mesh) for index in indices]
         self.faults: dict[str, Any] = {}
@@ -163,6 +164,7 @@ class Run:
     def go(self) -> Outcome:
         """Train what is left, then evaluate, export and draw."""
         start = self._find_start()
+        self.interrupts.check()
         self.began -= start.seconds
         process = self.channel.index
         self.progress = make_progress(process)
@@ -178,7 +180,8 @@ class Run:
             state = self._train(start)
             self.recorder.flush_to_disk()
             self.progress.close()
-            return finish(self, state)
+            with self.interrupts.raising():
+                return finish(self, state)
         finally:
             self.progress.close()
             self.recorder.close()
@@ -189,7 +192,8 @@ class Run:
             return
         if self.channel.index == 0:
             params = merge(self.opened.params())
-            self.experiment.prepare(outcome_of(self, params, self.mesh), self.progress.say)
+            with self.interrupts.raising():
+                self.experiment.prepare(outcome_of(self, params, self.mesh), self.progress.say)
         self.channel.agree(None)
 
     def _train(self, start: Start) -> TrainState:
@@ -198,6 +202,7 @@ class Run:
             state = run.fresh(self.opened.params())
         else:
             state = run.restore(self.store, start.checkpoint)
+        self.interrupts.check()
         cursor, before = start.cursor, start.step - start.cursor.step
         for index in range(start.stage, len(self.stages)):
             if index > start.stage:
@@ -230,18 +235,17 @@ class Run:
 
         with self._batches(run, cursor) as batches:
             cursor = Cursor(cursor.step, batches.get_state())
-            self.interrupts.polite = True
-            while cursor.step < settings.steps:
-                try:
-                    if self.channel.may_go_on(before + cursor.step):
-                        state, cursor = run.steps(state, cursor, batches, settled, pause)
-                except NotFiniteError as error:
-                    self._keep(run, error.state, error.cursor, before)
-                    raise self._bad_step(run, error, before) from None
-                self._look_at_faults(run, batches)
-                self._keep(run, state, cursor, before)
-                self._stop_if_asked(before + cursor.step)
-            self.interrupts.polite = False
+            with self.interrupts.polite():
+                while cursor.step < settings.steps:
+                    try:
+                        if self.channel.may_go_on(before + cursor.step):
+                            state, cursor = run.steps(state, cursor, batches, settled, pause)
+                    except NotFiniteError as error:
+                        self._keep(run, error.state, error.cursor, before)
+                        raise self._bad_step(run, error, before) from None
+                    self._look_at_faults(run, batches)
+                    self._keep(run, state, cursor, before)
+                    self._stop_if_asked(before + cursor.step)
             self._stop_if_asked(before + cursor.step)
         return state
 
@@ -257,9 +261,9 @@ class Run:
             process_count=self._parts,
         )
         batches = iter(dataset)
-        if cursor.data is not None:
-            batches.set_state(cursor.data)
         try:
+            if cursor.data is not None:
+                batches.set_state(cursor.data)
             yield batches
         finally:
             batches.close()

@@ -17,7 +17,7 @@ from mmjax.parallel import make_mesh, param_shardings, replicated
 from mmjax.parallel.channel import Alone, PeerError
 from mmjax.parallel.distributed import local_mesh_shape
 from mmjax.training.folders import RunFolders
-from mmjax.training.interrupts import Interrupted
+from mmjax.training.interrupts import Interrupted, Interrupts
 from mmjax.training.state import flatten, merge
 
 # How long to wait for the word that another process is gone, before an error here counts as this one's own:
@@ -54,8 +54,17 @@ def ending_together(channel: Alone) -> Iterator[None]:
         raise
 
 
-def claim(folders: RunFolders, channel: Alone, *, resume: bool, overwrite: bool) -> None:
+def claim(
+    folders: RunFolders, channel: Alone, interrupts: Interrupts, *, resume: bool, overwrite: bool
+) -> None:
     """Take the run's folders, which process 0 does for all.
+
+    Args:
+        folders: the caller releases them, also when this raises.
+        channel: to the other processes.
+        interrupts: entered; a signal waits while the folders are taken, not while others are waited for.
+        resume: go on with a run that they hold.
+        overwrite: delete it.
 
     Raises:
         TrainingError: they are taken, or hold a run, or are not the same folders in all processes.
@@ -64,9 +73,10 @@ def claim(folders: RunFolders, channel: Alone, *, resume: bool, overwrite: bool)
     if channel.index == 0:
         folders.claim(resume=resume, overwrite=overwrite)
         word = folders.mark() if channel.count > 1 else None
-    word = channel.agree(word)[0]
-    if channel.index:
-        folders.check_mark(word)
+    with interrupts.raising():
+        word = channel.agree(word)[0]
+        if channel.index:
+            folders.check_mark(word)
 
 
 def newest_checkpoint(store: CheckpointStore, channel: Alone, report: Any) -> int | None:

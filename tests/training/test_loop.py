@@ -360,8 +360,7 @@ def quit_codes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 def test_a_second_signal_quits_at_once(quit_codes: list[int]) -> None:
-    with interrupts_module.Interrupts() as interrupts:
-        interrupts.polite = True
+    with interrupts_module.Interrupts() as interrupts, interrupts.polite():
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGINT)
         while not quit_codes:
