@@ -9,7 +9,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mmjax.losses.pairs import Plan, all_mean, all_sum, group_ids, make_plan, once_only, tile_dots, weighted
+from mmjax.losses.pairs import (
+    Plan,
+    all_mean,
+    all_sum,
+    beyond,
+    group_ids,
+    make_plan,
+    once_only,
+    own_dots,
+    tile_dots,
+    weighted,
+)
 from mmjax.losses.rows import Axis
 from mmjax.losses.sweep import sweep, valid_pairs
 from mmjax.nn.functional import accumulator
@@ -72,41 +83,46 @@ def _extend(state: tuple[Array, Array], logits: Array, axis: int) -> tuple[Array
 def _infonce_value(
     image: Array, text: Array, ids: Array | None, scale: Array, plan: Plan, axis: Axis | None
 ) -> Any:
-    """The loss, and per row of each side: log-sum-exp, mean positive dot product, number of positives."""
+    """The loss; what similarities are taken relative to (see `beyond`); and per row of each side, relative to
+    it: log-sum-exp, mean positive dot product, number of positives."""
 
     def tile(row: Any, row_sums: Any, col: Any, col_sums: Any) -> tuple[Any, Any]:
-        dots = tile_dots(row, col)
-        logits = dots * scale
+        dots = tile_dots(row, col, plan.fine)
         valid = valid_pairs(row, col)
-        if valid is not None:
-            logits = jnp.where(valid, logits, -jnp.inf)
         out = []
-        for sums, dimension in ((row_sums, 1), (col_sums, 0)):
+        for side, sums, dimension in ((row, row_sums, 1), (col, col_sums, 0)):
+            ahead = beyond(dots, side["base"], dimension)
+            logits = ahead * scale
+            if valid is not None:
+                logits = jnp.where(valid, logits, -jnp.inf)
             new = {"lse": _extend(sums["lse"], logits, dimension)}
             if ids is not None:
                 same = row["group"][:, None] == col["group"][None, :]
                 same = same if valid is None else same & valid
-                new["positive"] = sums["positive"] + jnp.where(same, dots, 0).sum(dimension)
-                new["count"] = sums["count"] + same.sum(dimension).astype(dots.dtype)
+                new["positive"] = sums["positive"] + jnp.where(same, ahead, 0).sum(dimension)
+                new["count"] = sums["count"] + same.sum(dimension).astype(ahead.dtype)
             out.append(new)
         return out[0], out[1]
 
+    own = own_dots(image, text, plan)
     zero = jnp.zeros(image.shape[0], scale.dtype)
+    # A subtraction in every tile pays off where dot products are finer than float32.
+    base, own_positive = (own, zero) if plan.fine else ((), own[0])
     start: dict[str, Any] = {"lse": (jnp.full_like(zero, -jnp.inf), zero)}
-    rows, cols = {"x": image}, {"x": text}
+    rows, cols = {"x": image, "base": base}, {"x": text, "base": base}
     if ids is not None:
         start |= {"positive": zero, "count": zero}
-        rows, cols = {"x": image, "group": ids}, {"x": text, "group": ids}
+        rows, cols = {**rows, "group": ids}, {**cols, "group": ids}
     sides = sweep(tile, rows, start, cols, start, block_size=plan.block_size, axis=axis)
-    diagonal = jnp.einsum("nd,nd->n", image, text, preferred_element_type=scale.dtype)
-    statistics = []
+    per_row, statistics = zero, []
     for sums in sides:
         highest, total = sums["lse"]
         count = sums["count"] if ids is not None else jnp.ones_like(zero)
-        positive = sums["positive"] / count if ids is not None else diagonal
+        positive = sums["positive"] / count if ids is not None else own_positive
         statistics.append((highest + jnp.log(total), positive, count))
-    per_row = sum(lse - scale * positive for lse, positive, _ in statistics)
-    return all_mean(per_row / 2, axis), tuple(statistics)
+        # The large parts meet first: the sum that the gradient needs is rounded at its own size.
+        per_row += (highest - scale * positive) + jnp.log(total)
+    return all_mean(per_row / 2, axis), (base, tuple(statistics))
 
 
 def _infonce_gradient(
@@ -124,10 +140,10 @@ def _infonce_gradient(
     ids = group_ids(groups, image.shape[0], axis)
 
     def tile(row: Any, row_sums: Any, col: Any, col_sums: Any) -> tuple[Any, Any]:
-        dots = tile_dots(row, col)
-        logits = dots * scale
-        by_row = jnp.exp(logits - row["lse"][:, None])
-        by_col = jnp.exp(logits - col["lse"][None, :])
+        dots = tile_dots(row, col, plan.fine)
+        over_row, over_col = beyond(dots, row["base"], 1), beyond(dots, col["base"], 0)
+        by_row = jnp.exp(over_row * scale - row["lse"][:, None])
+        by_col = jnp.exp(over_col * scale - col["lse"][None, :])
         # Where a row has one positive, its probability minus one is the mass of all others, summed below:
         # the subtraction itself would cancel when the model is right.
         same = row["group"][:, None] == col["group"][None, :]
@@ -135,7 +151,8 @@ def _infonce_gradient(
         valid = valid_pairs(row, col)
         kept = kept if valid is None else kept & valid
         by_row, by_col = jnp.where(kept, by_row, 0), jnp.where(kept, by_col, 0)
-        moved = by_row * (dots - row["positive"][:, None]) + by_col * (dots - col["positive"][None, :])
+        moved = by_row * (over_row - row["positive"][:, None])
+        moved += by_col * (over_col - col["positive"][None, :])
         weights = by_row + by_col - jnp.where(same & kept, 2 / row["count"][:, None], 0)
         to_rows, to_cols = weighted(weights, row, col)
         return {
@@ -144,9 +161,10 @@ def _infonce_gradient(
             "scale": row_sums["scale"] + moved.sum(axis=1),
         }, {"x": col_sums["x"] + to_cols, "mass": col_sums["mass"] + by_col.sum(axis=0)}
 
+    base, sides = statistics
     rows, cols = (
-        {"x": x, "lse": lse, "positive": positive, "count": number, "group": ids}
-        for x, (lse, positive, number) in zip((image, text), statistics, strict=True)
+        {"x": x, "base": base, "lse": lse, "positive": positive, "count": number, "group": ids}
+        for x, (lse, positive, number) in zip((image, text), sides, strict=True)
     )
     zeros = jnp.zeros(image.shape, scale.dtype)
     start = {"x": zeros, "mass": zeros[:, 0]}
@@ -172,7 +190,7 @@ def _infonce_forward(plan: Plan, image: Array, text: Array, scale: Array, groups
         image, text, groups = sharded
         return _infonce_value(image, text, groups, whole[0], plan, axis)
 
-    out = (False, ((True,) * 3,) * 2)
+    out = (False, ((True,) * (2 if plan.fine else 0), ((True,) * 3,) * 2))
     loss, statistics = plan.rows.run(local, (image, text, groups), (scale,), out)
     return loss, (image, text, scale, groups, statistics)
 

@@ -64,7 +64,7 @@ def _signs(row: dict[str, Array], col: dict[str, Array], dtype: Any) -> Array:
 
 def _tile_losses(row: Any, col: Any, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
     """Of one tile: dot products, losses, and the derivatives of the losses by the logits."""
-    dots = tile_dots(row, col)
+    (dots,) = tile_dots(row, col)
     signs = _signs(row, col, dots.dtype)
     logits = signs * (dots * scale + bias)
     # softplus(-x) and sigmoid(-x) from the one exponential that they share and that cannot overflow.

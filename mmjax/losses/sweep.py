@@ -61,8 +61,8 @@ def _sweep_local(
     tile: Tile, rows: Any, row_sums: Any, cols: Any, col_sums: Any, block_size: int
 ) -> tuple[Any, Any]:
     count, other = (jax.tree.leaves(side)[0].shape[0] for side in (rows, cols))
-    rows, row_sums = _blocks(rows, block_size), _blocks(row_sums, block_size, mark=False)
-    cols, col_sums = _blocks(cols, block_size), _blocks(col_sums, block_size, mark=False)
+    rows, row_sums = blocks(rows, block_size), blocks(row_sums, block_size, mark=False)
+    cols, col_sums = blocks(cols, block_size), blocks(col_sums, block_size, mark=False)
 
     def row_step(col_sums: Any, row: Any) -> tuple[Any, Any]:
         def col_step(sums: Any, col: Any) -> tuple[Any, Any]:
@@ -72,10 +72,10 @@ def _sweep_local(
         return col_sums, sums
 
     col_sums, row_sums = lax.scan(row_step, col_sums, (rows, row_sums))
-    return _join(row_sums, count), _join(col_sums, other)
+    return join(row_sums, count), join(col_sums, other)
 
 
-def _blocks(tree: Any, size: int, mark: bool = True) -> Any:
+def blocks(tree: Any, size: int, mark: bool = True) -> Any:
     """Leading axis [n] to [n / size, size]; padded with zeros, which "valid" marks."""
     count = jax.tree.leaves(tree)[0].shape[0]
     size = min(size, count)
@@ -87,7 +87,7 @@ def _blocks(tree: Any, size: int, mark: bool = True) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), tree)
 
 
-def _join(tree: Any, count: int) -> Any:
+def join(tree: Any, count: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], tree)
 
 

@@ -78,7 +78,7 @@ class Launch:
                 heartbeat_timeout_seconds=2 * self.heartbeat_timeout + 20,
                 shutdown_timeout_seconds=2 * self.heartbeat_timeout,
             )
-        except (ValueError, RuntimeError, OSError) as error:
+        except (ValueError, RuntimeError, OSError, ImportError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(
                 f"the processes of this run cannot be connected{where}: {reason}; {advice}"
@@ -230,7 +230,9 @@ def _detected(environ: Mapping[str, str]) -> bool:
         return min(count("SLURM_NTASKS"), count(step)) > 1
     if "OMPI_MCA_orte_hnp_uri" in environ:
         return count("OMPI_COMM_WORLD_SIZE") > 1
-    if environ.get("TPU_WORKER_HOSTNAMES", "").count(","):
+    # A slice of one host lists no other, and the slices may be several.
+    hosts = environ.get("TPU_PROCESS_ADDRESSES", environ.get("TPU_WORKER_HOSTNAMES", ""))
+    if "," in hosts or (hosts and count("MEGASCALE_NUM_SLICES") > 1):
         return True
     in_indexed_job = "KUBERNETES_SERVICE_HOST" in environ and "JOB_COMPLETION_INDEX" in environ
     return in_indexed_job and importlib.util.find_spec("kubernetes") is not None

@@ -37,9 +37,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(command: list[str], devices: int = 1) -> subprocess.Popen[str]:
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+def start(command: list[str], devices: int = 1, **variables: str) -> subprocess.Popen[str]:
     flags = f"--xla_force_host_platform_device_count={devices}"
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, **variables}
     return subprocess.Popen(
         [sys.executable, "-W", "error", *command],
         env={**environment, "PYTHONPATH": str(HERE.parents[1])},
@@ -147,6 +152,22 @@ def test_an_error_in_one_process_ends_all(pair: Pair, tmp_path: Path) -> None:
     assert second[::2] == (2, "process 1: error: the shard is gone\n")
 
 
+def test_tasks_of_a_slurm_step_find_each_other(pair: Pair, tmp_path: Path) -> None:
+    """With what srun of SLURM 22.05 was seen to set, and no flag that says who is who."""
+    # jax derives the port from the job's number.
+    job = next(n for n in range(os.getpid() % 2048, 4096) if is_free(65535 - 2**12 + 1 + n))
+    step = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1"}
+    step |= {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
+    settings = ["--train.steps=1", f"--train.compilation_cache={pair.cache}", "--workdir", str(tmp_path)]
+    tasks = [
+        start(["-c", PROGRAM, str(TOY), *settings], **step, SLURM_PROCID=number, SLURM_LOCALID=number)
+        for number in ("0", "1")
+    ]
+    assert [(code, err) for code, _, err in pair.end(tasks)] == [(0, ""), (0, "")]
+    result = json.loads((tmp_path / "output/toy/result.json").read_text())
+    assert (result["processes"], result["devices"]) == (2, 2)
+
+
 def test_losses_of_two_processes_equal_dense() -> None:
     coordinator = f"127.0.0.1:{free_port()}"
     program = ["-m", "tests.training.hosts_losses", coordinator, "2"]
@@ -202,6 +223,9 @@ SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "a[1-2]", "SLURM_PROCID": "
         ({"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"}, None),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, Launch()),
         ({"TPU_WORKER_HOSTNAMES": "a"}, None),
+        ({"TPU_PROCESS_ADDRESSES": "a:8476,b:8476", "TPU_WORKER_HOSTNAMES": "a"}, Launch()),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "1"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, Launch()),
         ({"JAX_NUM_PROCESSES": "1"}, None),
         ({**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0", "JAX_COORDINATOR_ADDRESS": "a:1"}, None),
         (
