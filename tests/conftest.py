@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 
 # A shell's background job starts with Ctrl-C ignored, and so would the processes that tests interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -23,9 +24,31 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+# What these folders hold against float64 and against another library are the numbers that users get.
+OPTIMISED = {"losses", "parity"}
+QUICK = "jax_disable_most_optimizations"
+
 
 @pytest.fixture(scope="module", autouse=True)
-def _forget_programs():
-    """Compiled programs of one file are of no use to the next; kept, they would fill gigabytes."""
+def _quick_programs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Most of the tests' time would be LLVM's, which optimises programs that run once: it is asked not to.
+
+    Compiled programs of one file are of no use to the next; kept, they would fill gigabytes.
+    """
+    jax.config.update(QUICK, request.path.parent.name not in OPTIMISED)
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def optimised() -> Iterator[None]:
+    """Compile what a test jits as users do."""
+    before = getattr(jax.config, QUICK)
+    jax.config.update(QUICK, False)
+    yield
+    jax.config.update(QUICK, before)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The dear files first: a worker that gets one of them last leaves the other alone for minutes."""
+    items.sort(key=lambda item: item.path.parent.name != "training")

@@ -108,8 +108,8 @@ def make_optimizer(
     Returns:
         An optax transformation over dict[path, array].
 
-    Source: Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2; Jordan et al. 2024,
-    "Muon", and Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2 (the scale).
+    Source: Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2; Jordan et al.
+    2024, "Muon", and Liu et al. 2025, "Muon is Scalable for LLM Training", section 2.2 (the scale).
     """
     direction = optax.scale_by_adam(b1=b1, b2=b2, eps=eps)
     if optimizer == "muon":

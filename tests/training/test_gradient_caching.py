@@ -118,6 +118,7 @@ def test_dropout_is_the_same_in_both_passes() -> None:
     assert abs(float(other) - float(value)) > 1e-4
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("scale", TOLERANCE)
 def test_gradients_of_embeddings_equal_dense_float64(scale: float) -> None:
     image, text = embeddings(48)
