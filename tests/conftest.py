@@ -43,10 +43,9 @@ def _quick_programs(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture
 def optimised() -> Iterator[None]:
     """Compile what a test jits as users do."""
-    before = getattr(jax.config, QUICK)
     jax.config.update(QUICK, False)
     yield
-    jax.config.update(QUICK, before)
+    jax.config.update(QUICK, True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -111,14 +111,12 @@ class Conversations:
         layouts = self.layouts([(image.height, image.width) for image in images])
         return self._seen(talk.messages, images, layouts, entry.name).cut(self.length)
 
-    def _seen(self, prompt: Any, images: Sequence[Any], layouts: Sequence[Layout], name: str) -> Turns:
-        """A conversation, or a prompt that is nothing but places for images, with its tiles."""
-        answers = not isinstance(prompt, str)
+    def _seen(self, messages: Any, images: Sequence[Any], layouts: Sequence[Layout], name: str) -> Turns:
+        """A conversation with its tiles."""
         try:
-            sample = self.processor.encode(prompt, images or None, return_assistant_tokens_mask=answers)
+            sample = self.processor.encode(messages, images or None, return_assistant_tokens_mask=True)
         except DataError as error:
             raise BadSample(_cause(error), name, str(error)) from error
-        sample.setdefault("assistant_masks", np.zeros(len(sample["input_ids"]), np.int32))
         return turns_of(sample, self.processor.image_tokens.rows, [layout.tiles for layout in layouts])
 
     def pictures(self, number: int) -> list[tuple[str, tuple[int, int], np.ndarray]]:
@@ -131,8 +129,8 @@ class Conversations:
         if not images:
             return []
         layouts = self.layouts([(image.height, image.width) for image in images])
-        prompt = self.processor.image_token * len(images)
-        turns = self._seen(prompt, images, layouts, self.entries[number].name)
+        entry = self.entries[number]
+        turns = self._seen(self._talk(entry).messages, images, layouts, entry.name)
         ends = np.cumsum([layout.tiles for layout in layouts])
         return [
             (self.key(name, len(names)), (image.height, image.width), turns.tiles[end - layout.tiles : end])  # type: ignore[index]

@@ -14,6 +14,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from mmjax.errors import DataError
 from mmjax.language.templates import ChatTemplate, plain_data
 
@@ -189,6 +191,22 @@ def answer_spans(
         match = closing.match(plain, end)
         found.append((begin, match.end() if match else end))
     return found
+
+
+def touching(places: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
+    """For each place (first character, one past the last) 1 if it shares one with some span, else 0.
+
+    Args:
+        places: in any order.
+        spans: in order, none reaching into the next.
+
+    >>> touching([(0, 2), (2, 4), (4, 6)], [(3, 5)])
+    [0, 1, 1]
+    """
+    begins, ends = np.array(spans, np.int64).reshape(-1, 2).T
+    firsts, lasts = np.array(places, np.int64).reshape(-1, 2).T
+    before = np.searchsorted(begins, lasts)  # spans that begin before a place ends
+    return ((before > 0) & (firsts < np.concatenate([[0], ends])[before])).astype(int).tolist()
 
 
 def _checked(messages: Any) -> list[dict[str, Any]]:

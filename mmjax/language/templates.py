@@ -26,59 +26,18 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, pass_context
 
 from mmjax.errors import CheckpointError, DataError
+from mmjax.language.template_budget import MAX_VALUE, Budget, OverBudget
 
 MAX_TEMPLATE = 1 << 20
-MAX_VALUE = 1 << 23
-MAX_STEPS = 5_000_000
-MAX_CHARACTERS = 1 << 28
 _MAX_NUMBER = 1 << 20
-_MAX_BITS = 4096
 _LONG_WIDTH = re.compile(r"\d{5,}|\*")
 # Names with a space cannot be written in a template: these are only reached through `_instrument`.
 _EACH, _MADE, _JOINED = "each item", "made value", "joined text"
 _ANSWER_BEGINS, _ANSWER_ENDS = "answer begins", "answer ends"
 
 
-class OverBudget(Exception):
-    """A template did more than a conversation can need."""
-
-
 class _Raised(TemplateError):
     """What a template itself refuses."""
-
-
-@dataclasses.dataclass
-class _Budget:
-    """What one rendering may still do."""
-
-    steps: int = MAX_STEPS
-    characters: int = MAX_CHARACTERS
-
-    def step(self, steps: int = 1, characters: int = 0) -> None:
-        self.steps -= steps
-        self.characters -= characters
-        if self.steps < 0 or self.characters < 0:
-            raise OverBudget("it takes too many steps or writes too much text")
-
-    def made(self, value: Any) -> Any:
-        """Charge a value that was made, with all it holds, and refuse one that is too large."""
-        size = length = 0
-        waiting = [value]
-        while waiting:
-            part = waiting.pop()
-            size += 1
-            if isinstance(part, str):
-                length += len(part)
-            elif isinstance(part, Mapping):
-                waiting += [*part.keys(), *part.values()]
-            elif isinstance(part, list | tuple | set | frozenset):
-                waiting += part
-            elif isinstance(part, int) and part.bit_length() > _MAX_BITS:
-                raise OverBudget("a number in it grows too large")
-            if length > MAX_VALUE or size + len(waiting) > MAX_VALUE:
-                raise OverBudget("a value in it grows too large")
-        self.step(size, length)
-        return value
 
 
 class _Generation(Extension):
@@ -127,7 +86,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             extensions=[_Generation, LoopControlExtension],
             finalize=self._written,
         )
-        self.budget = _Budget()
+        self.budget = Budget()
         self.filters = {name: self._guard(name, filter_) for name, filter_ in self.filters.items()}
         self.filters["tojson"] = self._guard("tojson", _to_json)
         self.filters[_EACH] = self._each
@@ -316,7 +275,7 @@ class ChatTemplate:
         """
         code, size, _, _ = _compiled(self)
         sandbox = _sandbox_of_thread()
-        sandbox.budget, sandbox.text_size, sandbox.answer_marks = _Budget(), size, answer_marks
+        sandbox.budget, sandbox.text_size, sandbox.answer_marks = Budget(), size, answer_marks
         template = Template.from_code(sandbox, code, dict(sandbox.globals))
         given = {name: plain_data(value) for name, value in variables.items()}
         text: list[str] = []

@@ -297,7 +297,7 @@ class Tokenizer:
         self, chat: Any, template: Any, answers: bool, options: Mapping[str, Any]
     ) -> tuple[list[int], list[int]]:
         """Ids of one conversation and, if asked for, which of them the assistant says (1, else 0)."""
-        from mmjax.language.chat import ControlTokens, answer_spans, chat_pieces
+        from mmjax.language.chat import ControlTokens, answer_spans, chat_pieces, touching
 
         if not isinstance(self._backend, FastBackend):
             raise DataError("conversations need a tokenizer.json: this folder has another kind of vocabulary")
@@ -311,11 +311,7 @@ class Tokenizer:
         rendered = pieces[0] if len(pieces) == 1 else None
         spans = answer_spans(template, chat, ends, rendered=rendered, **options)
         # A token may begin with the space before an answer.
-        begins, limits = np.array(spans, np.int64).reshape(-1, 2).T
-        firsts, lasts = np.array(places, np.int64).reshape(-1, 2).T
-        after = np.searchsorted(begins, lasts)  # spans that begin before a token's end
-        inside = (after > 0) & (firsts < np.concatenate([[0], limits])[after])
-        return ids, inside.astype(int).tolist()
+        return ids, touching(places, spans)
 
     def _template(self, name: str | None, has_tools: bool) -> Any:
         from mmjax.language.templates import ChatTemplate

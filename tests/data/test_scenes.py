@@ -23,6 +23,7 @@ from mmjax.data import (
     told_conversation,
 )
 from mmjax.data.scenes import COLOR_NAMES, NAMES, PLACES, is_held_out
+from mmjax.data.scenes_data import ASK_CAPTION
 from mmjax.data.scenes_draw import COLORS, SHAPES, WORDS
 from mmjax.data.scenes_questions import KINDS
 from mmjax.errors import ConfigError
@@ -226,16 +227,24 @@ def test_captions_are_true_of_the_scene():
                 assert any(thing.place == max(places, key=len) for thing in scene.things)
 
 
+def turns_of(talk, first):
+    """Questions and answers of a conversation whose first question is known."""
+    questions = [first, *(m["content"] for m in talk[2::2])]
+    return list(zip(questions, (m["content"] for m in talk[1::2]), strict=True))
+
+
 def test_conversations_have_the_picture_or_words_in_its_place():
     scene = TRAIN[3]
     pictured, told = scene_conversation(scene), told_conversation(scene)
-    assert (
-        [m["role"] for m in pictured] == [m["role"] for m in told] == ["user", "assistant"] * (len(told) // 2)
-    )
-    assert pictured[1:] == told[1:]
+    for talk in (pictured, told):
+        assert [m["role"] for m in talk] == ["user", "assistant"] * (len(talk) // 2)
     image, text = pictured[0]["content"]
     assert image == {"type": "image"}
-    assert told[0]["content"] == f"{scene_caption(scene)} {text['text']}"
+    things, _, first = told[0]["content"].partition(". ")
+    assert sorted(things.split(", ")) == sorted(scene_caption(scene)[:-1].split(", "))
+    asked = {q: a for q, a in turns_of(pictured, text["text"])} | {ASK_CAPTION: scene_caption(scene)}
+    some = turns_of(told, first)
+    assert 1 <= len(some) <= 4 and all(asked[question] == answer for question, answer in some)
     assert scene_conversation(scene, "caption")[1]["content"] == scene_caption(scene)
     with pytest.raises(ConfigError, match="about='boxes'"):
         scene_conversation(scene, "boxes")

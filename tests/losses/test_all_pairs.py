@@ -151,7 +151,9 @@ def test_values_are_within_a_millionth(path, count, grouped):
                 with jax.enable_x64(True):
                     wide = (x.astype(np.float64) for x in (image, text))
                     expected = float(dense_infonce(*wide, scale, groups))
-                assert abs(value - expected) <= value_bound(expected), (kind, seed, scale, expected)
+                # Of more pairs dot products are float32's own; equal embeddings share one rounding.
+                bound = value_bound(expected) if count <= FINE_PAIRS else 1e-6 * max(1.0, expected)
+                assert abs(value - expected) <= bound, (kind, seed, scale, expected)
 
 
 def test_second_derivatives_are_refused():

@@ -43,6 +43,7 @@ def test_equal_to_a_loop(tokens):
     np.testing.assert_allclose(out, by_loop(x, np.asarray(weights), np.asarray(chosen)), atol=2e-5)
 
 
+@pytest.mark.usefixtures("optimised")
 def test_few_and_many_have_the_same_gradients():
     """Three tokens fetch their kernels; the same three among others, which weigh nothing, are sorted."""
     x = RNG.standard_normal((3, WIDTH)).astype(np.float32)

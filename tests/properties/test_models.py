@@ -133,6 +133,7 @@ def test_specs_are_what_init_makes(name):
         assert len(spec.axes) == len(spec.shape), path
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("name", BRICKS)
 def test_compute_dtype_is_a_choice_beside_the_parameters(name, dtype):

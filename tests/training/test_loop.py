@@ -66,6 +66,7 @@ def test_what_a_run_leaves(whole: Path) -> None:
     assert any(path.name.startswith("events.out.tfevents") for path in (whole / "output/toy").iterdir())
 
 
+@pytest.mark.usefixtures("optimised")
 def test_frozen_parameters_are_bitwise_what_they_were(tmp_path: Path) -> None:
     experiment = toy_experiment(stages=toy_experiment().stages[:1])
     outcome = train(experiment, workdir=tmp_path)

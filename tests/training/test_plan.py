@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 from mmjax import losses
 from mmjax.cli import main
 from mmjax.errors import ConfigError
+from mmjax.losses.pairs import FINE_PAIRS
 from mmjax.parallel import make_mesh
 from mmjax.training.cli import load_experiment
 from mmjax.training.plan_chips import CHIPS, find_chip
@@ -102,20 +103,24 @@ def test_what_no_result_needs_is_not_counted() -> None:
     assert count_work(lambda x: (x @ x, x)[1], shape(4, 4)).total_flops == 0
 
 
+@pytest.mark.parametrize(("count", "sharp"), [(64, 3), (2 * FINE_PAIRS, 1)])
 @pytest.mark.parametrize("devices", [1, 8])
-def test_a_sharded_loss_is_counted_on_all_devices(devices: int) -> None:
-    """The value compares all pairs once; its gradient once more, with a product for either side."""
+def test_a_sharded_loss_is_counted_on_all_devices(devices: int, count: int, sharp: int) -> None:
+    """The value compares all pairs once; its gradient once more, with a product for either side.
+
+    Where pairs are few, a comparison is three products, for the sake of its digits.
+    """
     mesh = make_mesh({"data": devices}, jax.devices()[:devices]) if devices > 1 else None
-    count, width = 64, 16
-    products = 2.0 * count * count * width
+    width, block = 16, 8
+    products, own = 2.0 * count * count * width, 2.0 * count * block * width
     embeds, scale = shape(count, width), shape()
 
     def loss(image: Any, text: Any, scale: Any) -> Any:
-        return losses.infonce(image, text, scale, block_size=8, mesh=mesh)
+        return losses.infonce(image, text, scale, block_size=block, mesh=mesh)
 
     found = count_work(jax.grad(loss, argnums=(0, 1)), embeds, embeds, scale).total_flops
-    # The positives' own dot products, forward.
-    assert found == pytest.approx(4 * products + 2 * count * width, abs=2 * count * width)
+    # The tiles on the diagonal have the positives' own dot products, forward.
+    assert found == (2 * sharp + 2) * products + sharp * own
 
 
 # --- collectives
