@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from mmjax.errors import ConfigError, TrainingError
 from mmjax.training import Experiment, FromConfig, Outcome, apply_overrides, train
 from mmjax.training.before import in_order
+from mmjax.training.cli import load_experiment
 from mmjax.training.interrupts import Interrupted
 from mmjax.training.source import OpenedModel
 from mmjax.training.state import flatten
@@ -132,6 +133,21 @@ def test_one_seed_is_all_seeds_and_fields_of_earlier_ones_are_set_by_name() -> N
     assert last.model.path == "w/models/other-first"  # type: ignore[union-attr]
     assert changed.model.path == "{workdir}/models/{name}-first"  # type: ignore[union-attr]
     assert first.mesh == last.mesh
+
+
+def test_the_scenes_experiment_fits_together() -> None:
+    file = Path(__file__).parents[2] / "experiments" / "scenes.py"
+    eyes, brain, whole = in_order(load_experiment(str(file), ["train.seed=2"], smoke=True), Path("w"))
+    assert [each.name for each in (eyes, brain, whole)] == [
+        "scenes-smoke-eyes",
+        "scenes-smoke-brain",
+        "scenes-smoke",
+    ]
+    assert {each.train.seed for each in (eyes, brain, whole)} == {2}
+    model, prepare = whole.model, whole.prepare
+    assert (model.eyes, model.brain) == ("w/models/scenes-smoke-eyes", "w/models/scenes-smoke-brain")  # type: ignore
+    assert prepare.folder == whole.data.features == whole.stages[0].data.features  # type: ignore[union-attr]
+    assert hash(whole) == hash(dataclasses.replace(whole))
 
 
 def test_two_of_one_name_are_refused() -> None:
