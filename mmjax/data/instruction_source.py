@@ -72,7 +72,7 @@ class Conversations:
     image_first: bool
     length: int
     features: FeatureStore | None = None
-    tokens: KeptTokens = dataclasses.field(default_factory=lambda: KeptTokens())
+    tokens: KeptTokens = dataclasses.field(default_factory=KeptTokens)
 
     def __len__(self) -> int:
         return len(self.entries)

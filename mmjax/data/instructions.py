@@ -18,7 +18,7 @@ from mmjax.data.features import FeatureStore
 from mmjax.data.instruction_batches import GroupedOrder, InstructionBatches, PackedOrder
 from mmjax.data.instruction_layout import RowShape
 from mmjax.data.instruction_rows import read_rows
-from mmjax.data.instruction_source import Conversations, Entry
+from mmjax.data.instruction_source import Conversations, Entry, KeptTokens
 from mmjax.data.packing import example_row, fit_into_rows
 from mmjax.data.sources import as_path, digest
 from mmjax.data.text import files_of, tokenizer_of
@@ -222,12 +222,15 @@ class InstructionData:
             processor = dataclasses.replace(processor, image_processor=eyes)
         if tokenizer.chat_template is None:
             raise ConfigError("InstructionData: the processor has no chat template: set template")
+        kept = None if self.features is None else FeatureStore(self.features)
         return Conversations(
             entries=entries,
             processor=processor,
             image_first=self.image_first,
             length=self.sequence_length,
-            features=None if self.features is None else FeatureStore(self.features),
+            features=kept,
+            # Where images are read, each conversation is laid out anew beside them.
+            tokens=KeptTokens(0) if kept is None else KeptTokens(),
         )
 
     def _measured(

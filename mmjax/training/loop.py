@@ -90,11 +90,11 @@ def _earlier(
     """The result of an experiment that another needs, which is run unless it has been; process 0 decides."""
 
     def left() -> dict[str, Any] | None:
-        found = result_of(folders) if channel.index == 0 else None
-        return channel.agree(found)[0]
+        return channel.agree(result_of(folders) if channel.index == 0 else None)[0]
 
     result = left()
-    if result is None:
+    exported = channel.agree(experiment.export is None or folders.model.is_dir())[0]
+    if result is None or not exported:
         Run(experiment, folders, interrupts, channel).go()
         result = left()
     assert result is not None

@@ -16,6 +16,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from jax.sharding import Mesh
 
 from mmjax.errors import ConfigError, MmjaxError
 from mmjax.parallel import BATCH_AXES, batch_sharding, make_mesh, replicated
+from mmjax.training.before import in_order
 from mmjax.training.cli import load_experiment
 from mmjax.training.experiment import Experiment
 from mmjax.training.plan_flops import count_jaxpr
@@ -206,6 +208,7 @@ def answer(request: Mapping[str, Any]) -> dict[str, Any]:
     """
     try:
         experiment = load_experiment(request["file"], request["overrides"], smoke=request["smoke"])
+        *_, experiment = in_order(experiment, Path())
         emulate(math.prod(mesh_shape(experiment).values()))
         stages = compile_stages(experiment, request["devices_per_node"])
     except MmjaxError as error:

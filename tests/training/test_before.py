@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,14 @@ def test_overwriting_begins_with_the_first(tmp_path: Path, capsys: pytest.Captur
     train(row(), workdir=tmp_path, overwrite=True)
     said = capsys.readouterr().out
     assert said.index("toy-first: ") < said.index("toy: ") < said.index("prepared")
+
+
+def test_a_model_that_was_deleted_is_left_again(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "models" / "toy-first")
+    train(row(), workdir=tmp_path, resume=True)
+    left, before = ((root / "models/toy-first" / WEIGHTS).read_bytes() for root in (tmp_path, whole))
+    assert left == before
 
 
 def test_one_seed_is_all_seeds_and_fields_of_earlier_ones_are_set_by_name() -> None:
