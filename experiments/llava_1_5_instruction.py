@@ -36,6 +36,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+from jax.sharding import Mesh
+
 from mmjax.data import InstructionData
 from mmjax.nn import Execution
 from mmjax.training import (
@@ -52,11 +55,30 @@ from mmjax.training import (
     Stage,
     Train,
 )
+from mmjax.training.plan_shapes import folder_shapes
+from mmjax.training.source import OpenedModel
 
 CONVERSATIONS, BATCH = 665_298, 128
 BRIDGE = "multi_modal_projector/.*|image_newline"
 LAYERS = r"language_model/.*layers_\d+/.*/kernel"
 TEST_BATCHES = 50
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedFolder(FromFolder):
+    """A folder that is trained whole: in float32, if nothing else is asked for."""
+
+    def open(self, data: Any, key: jax.Array, mesh: Mesh) -> OpenedModel:
+        """Load the folder straight into the mesh."""
+        return self._plain().open(data, key, mesh)
+
+    def open_shapes(self, mesh: Mesh) -> OpenedModel:
+        """The same as shapes, for a plan."""
+        return folder_shapes(self._plain(), mesh)
+
+    def _plain(self) -> FromFolder:
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return FromFolder(**fields | {"dtype": self.dtype or "float32"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,8 +104,6 @@ class Instruction(Experiment):
             own["dtype"] = own["dtype"] or "bfloat16"
             object.__setattr__(self, "model", LoraFromFolder(**own, lora=self.adapter, whole=BRIDGE))
             object.__setattr__(self, "export", ExportAdapter(whole=BRIDGE))
-        elif model.dtype is None:
-            object.__setattr__(self, "model", dataclasses.replace(model, dtype="float32"))
         (stage,) = self.stages
         object.__setattr__(self, "stages", (dataclasses.replace(stage, rules=self._rules()),))
         super().__post_init__()
@@ -101,7 +121,7 @@ def experiment() -> Experiment:
     """The experiment that `mmjax train` runs."""
     return Instruction(
         name="llava-1-5-instruction",
-        model=FromFolder(path="", execution=Execution(dtype="bfloat16", scan_layers=True, remat=True)),
+        model=TrainedFolder(path="", execution=Execution(dtype="bfloat16", scan_layers=True, remat=True)),
         data=InstructionData(path="", template="vicuna", arrange="group", sequence_length=2048),
         stages=(Stage(name="instruction", loss=NextToken(), rules=((".*", FROZEN),)),),
         train=Train(steps=math.ceil(CONVERSATIONS / BATCH), batch_size=BATCH, checkpoint_every=500),

@@ -5,8 +5,12 @@ from __future__ import annotations
 from mmjax.data.scenes import Dice, Scene, Thing
 
 NUMBER_WORDS = ("zero", "one", "two", "three", "four")
-# How often a caption of one thing says what it is, and its colour, size and place.
-_SHARES = {"name": 0.8, "color": 0.45, "size": 0.25, "place": 0.45}
+# How often a caption of one thing says what it is, and its colour, size and place: what is written always,
+# and little besides, so that the picture cannot be found without reading it.
+_SHAPE_SHARES = {"name": 0.8, "color": 0.45, "size": 0.25, "place": 0.4}
+_WRITTEN_SHARES = {"name": 1.0, "color": 0.3, "size": 0.0, "place": 0.3}
+# How often such a caption is about a thing of each sort: the hardest to read the most.
+_SORT_WEIGHTS = {"shape": 2, "digit": 3, "word": 3}
 
 
 def describe(
@@ -59,10 +63,10 @@ def scene_captions(scene: Scene, partial: int = 6) -> tuple[str, ...]:
     texts = [scene_caption(scene)]
     sorts = sorted({thing.sort for thing in scene.things})
     for _ in range(partial):
-        # Digits and words, which are the hardest to read, are spoken of as often as all the shapes.
-        sort = dice.pick(sorts)
+        sort = dice.pick([sort for sort in sorts for _ in range(_SORT_WEIGHTS[sort])])
         thing = dice.pick([thing for thing in scene.things if thing.sort == sort])
-        said = {part: dice.chance(share) for part, share in _SHARES.items()}
+        shares = _SHAPE_SHARES if sort == "shape" else _WRITTEN_SHARES
+        said = {part: dice.chance(share) for part, share in shares.items()}
         said["name"] |= not (said["color"] or said["place"])
         texts.append(describe(thing, **said))
     pair = side_by_side(scene, dice)

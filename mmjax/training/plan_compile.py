@@ -157,14 +157,18 @@ def _peak(
 def _loss_alone(run: StageRun, opened: OpenedModel, batch: Mapping[str, Any]) -> dict[str, float]:
     """The part of a loss over pairs that is not the towers': bytes per device, FLOPs over all devices.
 
-    Such a loss (one that takes `micro_batches`) is called with towers that hand on the embeddings they are
-    given. Any other loss is part of the model's own work, and these figures are zero.
+    Such a loss (one that takes `micro_batches`, of a model with embeddings of two sides) is called with
+    towers that hand on the embeddings they are given. Any other loss is part of the model's own work, and
+    these figures are zero.
     """
+    none = {"embeddings": 0, "workspace": 0, "flops": 0}
     loss = run.stage.loss
     if "micro_batches" not in inspect.signature(loss).parameters:
-        return {"embeddings": 0, "workspace": 0, "flops": 0}
+        return none
     inputs = opened.model.example_batch(1)  # type: ignore[attr-defined]
     out: Any = jax.eval_shape(lambda p: opened.model.apply({"params": merge(p)}, **inputs), opened.shapes)
+    if not {"image_embeds", "text_embeds"} <= set(out.keys()):
+        return none
     sides = {"pixel_values": out["image_embeds"], "input_ids": out["text_embeds"]}
     size = run.settings.batch_size
     embeds = {name: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype) for name, x in sides.items()}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -57,33 +59,58 @@ def open_shapes(experiment: Experiment, mesh: Mesh) -> OpenedModel:
 
 
 def folder_shapes(source: FromFolder, mesh: Mesh) -> OpenedModel:
-    """A folder's model as shapes, from the headers of its files.
+    """A folder's model as shapes, from the headers of its files; without weights, from its config.json alone.
 
     Args:
-        source: names the folder.
+        source: names the folder. Without weights and without a dtype of its own, parameters are taken to be
+            stored as config.json says.
         mesh: what the shardings are for.
 
     Raises:
         ConfigError, CheckpointError: the folder is at fault.
     """
-    from mmjax.checkpoints.files import open_tensors
-    from mmjax.checkpoints.rules import link
-    from mmjax.models.hub import find_folder, open_model
+    from mmjax.models.hub import find_folder
     from mmjax.nn import Execution, parameter_specs
 
-    folder = find_folder(source.path)
-    with open_tensors(folder) as reader:
-        family, model = open_model(folder, reader, source.execution or Execution())
-        nested = parameter_specs(model)
-        specs = flatten_dict(nested, sep="/")
-        links = link(family.rules(model), reader.shapes, specs, str(folder))
-        stored = {target: reader.dtypes[entry.source] for entry in links for target in entry.targets}
+    folder, execution = find_folder(source.path), source.execution or Execution()
+    has_weights = any(folder.glob("*.safetensors"))
+    model, stored = (_weights_dtypes if has_weights else _config_dtypes)(folder, execution)
+    nested = parameter_specs(model)
+    specs = flatten_dict(nested, sep="/")
     shapes = {
-        path: jax.ShapeDtypeStruct(spec.shape, source.dtype or _STORED[stored[path]])
-        for path, spec in specs.items()
+        path: jax.ShapeDtypeStruct(spec.shape, source.dtype or stored[path]) for path, spec in specs.items()
     }
     shardings = flatten_dict(param_shardings(mesh, nested), sep="/")
     return OpenedModel(model=model, processor=None, shapes=shapes, shardings=shardings, params=dict)
+
+
+def _weights_dtypes(folder: Path, execution: Any) -> tuple[Any, dict[str, str]]:
+    """A folder's model, and every parameter's dtype as its files have it."""
+    from mmjax.checkpoints.files import open_tensors
+    from mmjax.checkpoints.rules import link
+    from mmjax.models.hub import open_model
+    from mmjax.nn import parameter_specs
+
+    with open_tensors(folder) as reader:
+        family, model = open_model(folder, reader, execution)
+        specs = flatten_dict(parameter_specs(model), sep="/")
+        links = link(family.rules(model), reader.shapes, specs, str(folder))
+        stored = {path: reader.dtypes[entry.source] for entry in links for path in entry.targets}
+        return model, {path: _STORED[dtype] for path, dtype in stored.items()}
+
+
+def _config_dtypes(folder: Path, execution: Any) -> tuple[Any, dict[str, str]]:
+    """The same from config.json alone, which may name one dtype for all."""
+    from mmjax.checkpoints.files import TensorReader, read_json
+    from mmjax.models.hub import open_model
+    from mmjax.nn import parameter_specs
+    from mmjax.nn.config import canonical_dtype
+
+    with contextlib.ExitStack() as stack:
+        _, model = open_model(folder, TensorReader([], stack), execution)
+    hub = read_json(folder / "config.json")
+    dtype = canonical_dtype(hub.get("dtype") or hub.get("torch_dtype") or "float32")
+    return model, dict.fromkeys(flatten_dict(parameter_specs(model), sep="/"), dtype)
 
 
 def batch_shapes(model: Any, loss: Any, data: Any, params: Mapping[str, Any], size: int) -> Shapes:
