@@ -8,6 +8,7 @@ import importlib.util
 import os
 import socket
 import time
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -69,15 +70,18 @@ class Launch:
         # It would take SIGTERM for itself, which `Interrupts` answers.
         jax.config.update("jax_enable_preemption_service", False)
         try:
-            jax.distributed.initialize(
-                self.coordinator,
-                self.num_processes,
-                self.process_id,
-                initialization_timeout=self.start_timeout,
-                # A lost process is noticed by `Channel` first, whose words are plainer.
-                heartbeat_timeout_seconds=2 * self.heartbeat_timeout + 20,
-                shutdown_timeout_seconds=2 * self.heartbeat_timeout,
-            )
+            with warnings.catch_warnings():
+                # The look-up of clusters warns of a package that a job of numbered pods can do without.
+                warnings.filterwarnings("ignore", "\\s*Kubernetes environment detected")
+                jax.distributed.initialize(
+                    self.coordinator,
+                    self.num_processes,
+                    self.process_id,
+                    initialization_timeout=self.start_timeout,
+                    # A lost process is noticed by `Channel` first, whose words are plainer.
+                    heartbeat_timeout_seconds=2 * self.heartbeat_timeout + 20,
+                    shutdown_timeout_seconds=2 * self.heartbeat_timeout,
+                )
         except (ValueError, RuntimeError, OSError, ImportError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(

@@ -161,7 +161,7 @@ def _loss_alone(run: StageRun, opened: OpenedModel, batch: Mapping[str, Any]) ->
     towers that hand on the embeddings they are given. Any other loss is part of the model's own work, and
     these figures are zero.
     """
-    none = {"embeddings": 0, "workspace": 0, "flops": 0}
+    none = {"embeddings": 0.0, "workspace": 0.0, "flops": 0.0}
     loss = run.stage.loss
     if "micro_batches" not in inspect.signature(loss).parameters:
         return none

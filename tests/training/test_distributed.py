@@ -12,7 +12,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -152,17 +154,43 @@ def test_an_error_in_one_process_ends_all(pair: Pair, tmp_path: Path) -> None:
     assert second[::2] == (2, "process 1: error: the shard is gone\n")
 
 
-def test_tasks_of_a_slurm_step_find_each_other(pair: Pair, tmp_path: Path) -> None:
-    """With what srun of SLURM 22.05 was seen to set, and no flag that says who is who."""
-    # jax derives the port from the job's number.
+def slurm_tasks() -> Iterator[dict[str, str]]:
+    """What srun of SLURM 22.05 was seen to set; jax derives the port from the job's number."""
     job = next(n for n in range(os.getpid() % 2048, 4096) if is_free(65535 - 2**12 + 1 + n))
     step = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_NODES": "1"}
     step |= {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
+    for number in ("0", "1"):
+        yield {**step, "SLURM_PROCID": number, "SLURM_LOCALID": number}
+
+
+def indexed_pods() -> Iterator[dict[str, str]]:
+    """What Kubernetes sets in an indexed job, and a manifest that names the first pod."""
+    job = {"JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    for number in ("0", "1"):
+        yield {**job, "KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": number}
+
+
+def tpu_pods() -> Iterator[dict[str, str]]:
+    """What GKE sets in the pods of a TPU slice, beside libtpu, which jax has to be told is there."""
+    # Of several slices there is nothing: where a variable is not set, jax asks the metadata server.
+    alone = {"MEGASCALE_NUM_SLICES": "", "MEGASCALE_SLICE_ID": "", "MEGASCALE_COORDINATOR_ADDRESS": ""}
+    for number in ("0", "1"):
+        yield {**alone, "TPU_WORKER_HOSTNAMES": "localhost,localhost", "TPU_WORKER_ID": number}
+
+
+AS_ON_TPU = """
+from jax._src.clusters import cloud_tpu_cluster
+cloud_tpu_cluster.running_in_cloud_tpu_vm = True
+cloud_tpu_cluster.coordinator_port = "{port}"
+"""
+
+
+@pytest.mark.parametrize("launcher", [slurm_tasks, indexed_pods, tpu_pods])
+def test_processes_of_a_launcher_find_each_other(launcher: Any, pair: Pair, tmp_path: Path) -> None:
+    """By the variables of SLURM and of GKE's two kinds of jobs alone: no flag says who is who."""
     settings = ["--train.steps=1", f"--train.compilation_cache={pair.cache}", "--workdir", str(tmp_path)]
-    tasks = [
-        start(["-c", PROGRAM, str(TOY), *settings], **step, SLURM_PROCID=number, SLURM_LOCALID=number)
-        for number in ("0", "1")
-    ]
+    before = AS_ON_TPU.format(port=free_port()) if launcher is tpu_pods else ""
+    tasks = [start(["-c", before + PROGRAM, str(TOY), *settings], **names) for names in launcher()]
     assert [(code, err) for code, _, err in pair.end(tasks)] == [(0, ""), (0, "")]
     result = json.loads((tmp_path / "output/toy/result.json").read_text())
     assert (result["processes"], result["devices"]) == (2, 2)
