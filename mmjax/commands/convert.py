@@ -1,4 +1,7 @@
-"""Read a model folder and write it again: another dtype, another size of files, or only to check it."""
+"""Read a model folder and write it again: another dtype, another size of files, or only to check it.
+
+The processor's files come along, and generation_config.json as it is.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,9 @@ from pathlib import Path
 
 from mmjax.commands.output import byte_text, count_text, print_json, print_table
 from mmjax.commands.parser import DTYPES, add_json, byte_size
+
+# Says which ids end an answer, among others; no part of a model or a processor, so `mmjax.save` has none.
+_GENERATION = "generation_config.json"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -29,15 +35,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run `mmjax convert`."""
     import mmjax
+    from mmjax.models.hub import find_folder
 
     target = Path(options.target).expanduser()
     check_target(target)
-    model, params, processor = mmjax.load(options.source, dtype=options.dtype)
+    source = find_folder(options.source)
+    model, params, processor = mmjax.load(source, dtype=options.dtype)
     shards = {} if options.shard_size is None else {"shard_bytes": options.shard_size}
     # Written beside the target and moved there when whole, so that no half folder ever has its name.
     part = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", suffix=".part", dir=target.parent))
     try:
         mmjax.save(part, model, params, processor, **shards)
+        if (source / _GENERATION).is_file():
+            shutil.copyfile(source / _GENERATION, part / _GENERATION)
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(part, 0o777 & ~mask)

@@ -14,6 +14,8 @@ from mmjax.commands.parser import add_json, positive_int
 
 # The facts of a config that people look for first, in this order; --json has all of them.
 _FACTS = (
+    "model_type",
+    "projector",
     "image_size",
     "patch_size",
     "hidden_size",
@@ -62,21 +64,19 @@ def inspect(folder: str) -> dict[str, Any]:
     """
     from flax.traverse_util import flatten_dict
 
-    from mmjax.checkpoints.files import open_tensors, read_json
     from mmjax.checkpoints.rules import link
-    from mmjax.models.hub import find_folder, open_model
+    from mmjax.models.hub import find_folder, open_headers
     from mmjax.nn import Execution, parameter_specs
 
     path = find_folder(folder)
-    read_json(path / "config.json")
-    with open_tensors(path) as reader:
-        family, model = open_model(path, reader, Execution())
+    with open_headers(path, Execution()) as (family, model, reader):
         specs = flatten_dict(parameter_specs(model), sep="/")
         links = link(family.rules(model), reader.shapes, specs, str(path))
         stored = {
             target: (entry.source, reader.dtypes[entry.source]) for entry in links for target in entry.targets
         }
-        files = {file.name: file.stat().st_size for file in {reader.file_of(name) for name in reader.shapes}}
+        weights = {reader.file_of(name) for name in reader.shapes}
+        files = {_file_name(file, path): file.stat().st_size for file in weights}
         tensors = []
         for name, spec in specs.items():
             source, dtype = stored[name]
@@ -89,7 +89,7 @@ def inspect(folder: str) -> dict[str, Any]:
                     "parameters": spec.size,
                     "bytes": spec.size * _width(dtype),
                     "source": source,
-                    "file": reader.file_of(source).name,
+                    "file": _file_name(reader.file_of(source), path),
                 }
             )
     return {
@@ -111,6 +111,11 @@ def _width(dtype: str) -> int:
     return int(bits[0]) // 8 if bits else 1
 
 
+def _file_name(file: Path, folder: Path) -> str:
+    """A file's name in the folder, or its whole path where it lies elsewhere, as the eyes may."""
+    return str(file.relative_to(folder) if file.is_relative_to(folder) else file)
+
+
 def _processor_files(folder: Path) -> list[str]:
     names = (
         "preprocessor_config.json",
@@ -118,6 +123,8 @@ def _processor_files(folder: Path) -> list[str]:
         "tokenizer.json",
         "spiece.model",
         "vocab.json",
+        "chat_template.jinja",
+        "chat_template.json",
     )
     return [name for name in names if (folder / name).is_file()]
 

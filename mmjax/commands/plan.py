@@ -97,7 +97,8 @@ def _rows(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "", ""
     yield "WORK PER STEP", "and device"
     yield "  products", f"{_si(plan['flops_per_device'])}FLOP ({_dtypes(plan)})"
-    yield "  of which the loss", f"{_si(plan['loss_flops'] / plan['devices'])}FLOP"
+    if plan["loss_flops"]:
+        yield "  of which the loss", f"{_si(plan['loss_flops'] / plan['devices'])}FLOP"
     yield "  memory traffic", byte_text(round(plan["memory_traffic"]))
     for kind, sent in plan["network"].items():
         across = f", {byte_text(round(sent['between_nodes']))} between nodes" if sent["between_nodes"] else ""

@@ -27,6 +27,8 @@ class Family:
         processor: the class that opens its folders' processor files; None: `Processor`.
         other_layout: opens folders of another layout: (folder, hub config, dtype, mesh, execution, find) to
             what `load` returns, or None for a folder that is none of them.
+        other_tensors: the same without reading a value: (folder, hub config, find) to a context of the
+            config and the tensors by name, or None.
         own_code: whether published folders of the family bring their code (`auto_map`); it is never run.
     """
 
@@ -37,6 +39,7 @@ class Family:
     own_code: bool = False
     processor: Any = None
     other_layout: Callable[..., Any] | None = None
+    other_tensors: Callable[..., Any] | None = None
 
 
 # model_type in config.json to the module that has FAMILY, or FAMILIES by model_type; imported when needed.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,9 @@ def find_folder(folder_or_hub_id: str | os.PathLike[str]) -> Path:
     local = local or not _HUB_ID.fullmatch(name) or ("/" in name and Path(name.split("/")[0]).exists())
     if local:
         what = "is a file, not a folder" if path.is_file() else "no such folder"
-        raise CheckpointError(f"{name}: {what}; give a folder with config.json and safetensors, or a hub id")
+        raise CheckpointError(
+            f"{name or repr(name)}: {what}; give a folder with config.json and safetensors, or a hub id"
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -71,6 +74,28 @@ def open_model(folder: Path, reader: TensorReader, execution: Execution) -> tupl
     architecture = choose_architecture(family, hub, where)
     config = family.read_config(hub, architecture, reader.shapes.keys(), where)
     return family, family.architectures[architecture](config, execution=execution)
+
+
+@contextlib.contextmanager
+def open_headers(folder: Path, execution: Execution) -> Iterator[tuple[Family, Model, TensorReader]]:
+    """A folder in any layout that its family has: its model without parameters, and its tensors by name.
+
+    Yields:
+        The family, the model as the folder's tensors have it, and the tensors, of which none is read.
+
+    Raises:
+        ConfigError, CheckpointError: as `open_model` and `open_tensors`.
+    """
+    hub = read_json(folder / "config.json")
+    family = family_of_type(hub.get("model_type"), str(folder / "config.json"))
+    other = family.other_tensors and family.other_tensors(folder, hub, find_folder)
+    if other:
+        with other as (config, reader):
+            (architecture,) = family.architectures.values()
+            yield family, architecture(config, execution=execution), reader
+        return
+    with open_tensors(folder) as reader:
+        yield *open_model(folder, reader, execution), reader
 
 
 def load(

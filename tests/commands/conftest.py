@@ -18,6 +18,7 @@ from mmjax.models.processor import Processor
 from mmjax.nn import parameter_specs
 from mmjax.vision.processing import ImageProcessor
 from tests.commands.pictures import COLOURS, picture
+from tests.generation.seeing import make
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 
@@ -84,6 +85,17 @@ def bare_folder(clip_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "bare"
     mmjax.save(folder, model, params)
     return str(folder)
+
+
+@pytest.fixture(scope="session", params=["llava", "llava_next", "llava_onevision"])
+def llava_folder(request, tmp_path_factory):
+    """A LLaVA of each kind, with a brain in half precision and ids of its own that end an answer."""
+    model, params, processor = make(request.param)
+    half = jax.tree.map(lambda leaf: leaf.astype("float16"), params["language_model"])
+    folder = tmp_path_factory.mktemp("models") / request.param
+    mmjax.save(folder, model, {**params, "language_model": half}, processor)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 import mmjax
@@ -35,6 +36,28 @@ def test_info_tree_takes_equal_layers_together(run, clip_folder):
     assert code == 0 and "alike" not in out and "layers_1" in out and "4 x 4 x 3 x 16" in out
     code, out, _ = run("info", clip_folder, "--depth", "1")
     assert code == 0 and "layers_0" not in out and "vision_model" in out
+
+
+def test_info_tells_a_llava_s_modules_and_kind(run, report, llava_folder):
+    found = report("info", llava_folder)
+    params = mmjax.load(llava_folder)[1]
+    listed = {tensor["path"]: (tensor["shape"], tensor["dtype"]) for tensor in found["tensors"]}
+    assert listed == {
+        path: (list(leaf.shape), leaf.dtype.name) for path, leaf in flatten_dict(params, sep="/").items()
+    }
+    assert found["bytes"] == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert (found["model"], found["dtypes"]) == ("Llava", ["float16", "float32"])
+    kind = llava_folder.name
+    assert (found["config"]["model_type"], "image_newline" in listed) == (kind, kind != "llava")
+    assert {"chat_template.jinja", "processor_config.json"} <= set(found["processor"])
+    code, out, _ = run("info", llava_folder, "--depth", "1")
+    assert code == 0
+    facts, modules = out.split("\n\n")
+    assert {tuple(line.split()) for line in facts.splitlines()} >= {
+        ("model_type", kind),
+        ("projector", "mlp2x"),
+    }
+    assert [line.split()[0] for line in modules.splitlines()[1:]] == sorted(params)
 
 
 def test_info_reads_no_weights(report, clip_folder, monkeypatch):

@@ -10,10 +10,13 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 import mmjax
+from mmjax.checkpoints.files import TensorReader
 from mmjax.checkpoints.torch_files import read_torch_file
+from mmjax.commands.info import inspect
 from mmjax.errors import CheckpointError, ConfigError
 from mmjax.models import CLIPConfig, CLIPModel, CLIPTextConfig, Processor
 from tests.generation.seeing import TOKENIZER, make, picture
@@ -148,6 +151,19 @@ def test_an_original_folder_opens_and_goes_to_the_other_layout(original, tmp_pat
     back, back_params, opened = mmjax.load(tmp_path / "back")
     assert back.config.model_type == model.config.model_type and opened.image_tokens == processor.image_tokens
     np.testing.assert_array_equal(back.apply({"params": back_params}, **again).logits, expected)
+
+
+def test_its_headers_say_what_it_holds(original, monkeypatch):
+    folder, model, params, _ = original
+    monkeypatch.setattr(TensorReader, "read", lambda *arguments: pytest.fail("a tensor was read"))
+    found = inspect(str(folder))
+    assert found["config"]["model_type"] == model.config.model_type
+    assert {tensor["path"] for tensor in found["tensors"]} == flatten_dict(params, sep="/").keys()
+    assert found["parameters"] == sum(leaf.size for leaf in flatten_dict(params).values())
+    # Both of a folder's files are told, its own and that of its eyes, though they have one name.
+    eyes = folder.parent / "eyes" / "model.safetensors"
+    assert found["files"].keys() == {"model.safetensors", str(eyes)}
+    assert {tensor["file"] for tensor in found["tensors"] if "vision" in tensor["path"]} == {str(eyes)}
 
 
 def test_original_folders_that_are_refused(original):

@@ -5,7 +5,7 @@ from mmjax.models.llava.config import LlavaConfig
 from mmjax.models.llava.hub import read_config, write_config
 from mmjax.models.llava.layout import ImageTokens
 from mmjax.models.llava.model import Llava, LlavaOutput
-from mmjax.models.llava.original import BRAINS, load_original
+from mmjax.models.llava.original import BRAINS, load_original, original_tensors
 from mmjax.models.llava.processor import LlavaProcessor
 from mmjax.models.llava.rules import rules
 
@@ -22,6 +22,7 @@ FAMILIES = {
         rules,
         processor=LlavaProcessor,
         other_layout=load_original,
+        other_tensors=original_tensors,
     )
     for model_type in dict.fromkeys((*_ARCHITECTURES, *BRAINS))
 }

@@ -161,6 +161,13 @@ def open_original(folder: Path, hub: Mapping[str, Any], find: Any) -> Iterator[t
             yield config, JoinedTensors((own, names), (eyes, found))
 
 
+def original_tensors(
+    folder: Path, hub: Mapping[str, Any], find: Any
+) -> contextlib.AbstractContextManager[tuple[LlavaConfig, Any]] | None:
+    """`open_original`; None for a folder that is none."""
+    return open_original(folder, hub, find) if is_original(hub) else None
+
+
 def original_processor(
     folder: Path, hub: Mapping[str, Any], config: LlavaConfig, find: Any
 ) -> LlavaProcessor:
@@ -224,4 +231,11 @@ def _grown(x: Any, axis: int, size: int) -> Any:
     return jnp.concatenate([x, jnp.repeat(mean, missing, axis=axis)], axis=axis)
 
 
-__all__ = ["is_original", "load_original", "open_original", "original_processor", "read_original"]
+__all__ = [
+    "is_original",
+    "load_original",
+    "open_original",
+    "original_processor",
+    "original_tensors",
+    "read_original",
+]
