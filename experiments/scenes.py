@@ -176,7 +176,7 @@ def make_eyes_processor(data: ScenesData) -> Any:
     captions = [text for number in range(2_000) for text in scene_captions(make_scene(number))]
     side = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     return Processor(
-        image_processor=ImageProcessor(size=side, do_center_crop=False, image_mean=0.5, image_std=0.5),
+        image_processor=ImageProcessor(size=side, do_center_crop=False, image_mean=0.1, image_std=4.0),
         tokenizer=train_clip_tokenizer(captions, vocab_size=CAPTION_VOCABULARY, max_length=WORDS),
     )
 

@@ -72,8 +72,9 @@ def with_transformers(case: Case, form: str, folder: Path) -> Program:
         inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
     if "compiled" in form:
         model.compile()
-    build = _torch_forward if case.model == "vit" else _torch_training
-    return build(model, inputs, "autocast" in form)
+    if case.model == "vit":
+        return _torch_forward(model, inputs, "autocast" in form)
+    return torch_training(model, {**inputs, "return_loss": True}, "autocast" in form, ADAMW)
 
 
 def _torch_forward(model: Any, inputs: Any, autocast: bool) -> Program:
@@ -89,17 +90,18 @@ def _torch_forward(model: Any, inputs: Any, autocast: bool) -> Program:
     return Program(infer, lambda: seen[0][:2, :64].float().flatten().tolist())
 
 
-def _torch_training(model: Any, inputs: Any, autocast: bool) -> Program:
+def torch_training(model: Any, inputs: Any, autocast: bool, adamw: dict[str, float]) -> Program:
+    """Steps of AdamW over the parameters that take gradients, with the loss that the model itself returns."""
     import torch
 
     model.train()
-    betas = (ADAMW["b1"], ADAMW["b2"])
+    betas = (adamw["b1"], adamw["b2"])
     optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=ADAMW["learning_rate"],
+        [parameter for parameter in model.parameters() if parameter.requires_grad],
+        lr=adamw["learning_rate"],
         betas=betas,
-        eps=ADAMW["eps"],
-        weight_decay=ADAMW["weight_decay"],
+        eps=adamw["eps"],
+        weight_decay=adamw["weight_decay"],
         fused=True,
     )
     losses: list[float] = []
@@ -107,7 +109,7 @@ def _torch_training(model: Any, inputs: Any, autocast: bool) -> Program:
     def train() -> None:
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            loss = model(**inputs, return_loss=True).loss
+            loss = model(**inputs).loss
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -122,12 +124,17 @@ def with_mmjax(case: Case, form: str, folder: Path) -> Program:
     import mmjax
     from mmjax.nn import Execution
     from mmjax.parallel import keep_freed_memory
+    from mmjax.training.state import flatten
+    from mmjax.training.tasks import Contrastive
 
     keep_freed_memory()
     stored = "bfloat16" if "weights" in form else "float32"
     model, params, _ = mmjax.load(folder, dtype=stored, execution=Execution(dtype=case.dtype))
     inputs = jax.device_put(make_inputs(case))
-    return (_mmjax_forward if case.model == "vit" else _mmjax_training)(model, params, inputs)
+    if case.model == "vit":
+        return _mmjax_forward(model, params, inputs)
+    flat = flatten(params)
+    return mmjax_training(model, flat, frozenset(flat), Contrastive(), inputs, ADAMW)
 
 
 def _mmjax_forward(model: Any, params: Any, inputs: Any) -> Program:
@@ -143,19 +150,19 @@ def _mmjax_forward(model: Any, params: Any, inputs: Any) -> Program:
     return Program(infer, lambda: np.asarray(seen[0][:2, :64], np.float32).ravel().tolist(), seconds)
 
 
-def _mmjax_training(model: Any, params: Any, inputs: Any) -> Program:
-    """mmjax's own train state and step, with plain AdamW over every parameter."""
+def mmjax_training(
+    model: Any, flat: dict[str, Any], trained: frozenset[str], task: Any, inputs: Any, adamw: dict[str, float]
+) -> Program:
+    """mmjax's own train state and step, with plain AdamW over the trained paths."""
     import jax
     import optax
 
-    from mmjax.training.state import create_state, flatten
+    from mmjax.training.state import create_state
     from mmjax.training.step import make_train_step
-    from mmjax.training.tasks import Contrastive
 
-    optimizer = optax.adamw(**ADAMW)
-    flat = flatten(params)
-    states = [create_state(flat, frozenset(flat), optimizer, jax.random.key(0))]
-    train_step = make_train_step(model, Contrastive(), optimizer)
+    optimizer = optax.adamw(**adamw)
+    states = [create_state(flat, trained, optimizer, jax.random.key(0))]
+    train_step = make_train_step(model, task, optimizer)
     step, seconds = _compile(jax.jit(train_step, donate_argnums=0), states[0], inputs)
     losses: list[float] = []
 

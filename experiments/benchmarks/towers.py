@@ -74,7 +74,12 @@ def measure(case: Case, folder: Path, rounds: int, retakes: int) -> list[Runner]
 
 
 def summary(case: Case, runners: list[Runner]) -> dict[str, Any]:
-    """The numbers of a case: each form's, and the ratio of the libraries' best forms."""
+    """The numbers of a case."""
+    return {"case": dataclasses.asdict(case), "aim": AIMS[case.dtype], **compare(runners)}
+
+
+def compare(runners: list[Runner]) -> dict[str, Any]:
+    """Each form's numbers, and the ratio and difference of the libraries' best forms."""
     best = {
         library: min((r for r in runners if r.library == library), key=lambda r: r.median)
         for library in ("mmjax", "transformers")
@@ -84,10 +89,8 @@ def summary(case: Case, runners: list[Runner]) -> dict[str, Any]:
     first, second = (r.setup["result"] for r in (ours, theirs))
     scale = max(abs(x) for x in second)
     return {
-        "case": dataclasses.asdict(case),
         "ratio": middle,
         "ratio_range": [least, largest],
-        "aim": AIMS[case.dtype],
         "difference": max(abs(a - b) for a, b in zip(first, second, strict=True)) / scale,
         "best": {library: runner.form for library, runner in best.items()},
         "forms": [r.numbers() for r in runners],
@@ -114,7 +117,7 @@ def table(results: list[dict[str, Any]], about: dict[str, Any], rounds: int) -> 
         case = result["case"]
         best = {f["library"]: f for f in result["forms"] if result["best"][f["library"]] == f["form"]}
         low, high = result["ratio_range"]
-        cells = [_milliseconds(best[name]["median_seconds"]) for name in ("mmjax", "transformers")]
+        cells = [milliseconds(best[name]["median_seconds"]) for name in ("mmjax", "transformers")]
         lines.append(
             f"| {TITLES[case['model']]}, batch {case['batch']} | {case['dtype']} | {' | '.join(cells)} "
             f"| **{result['ratio']:.2f}** ({low:.2f} to {high:.2f}) | {result['aim']} "
@@ -132,18 +135,29 @@ def table(results: list[dict[str, Any]], about: dict[str, Any], rounds: int) -> 
     for result in results:
         case = result["case"]
         for form in result["forms"]:
-            compiled = form["compile_seconds"]
-            lines.append(
-                f"| {TITLES[case['model']]}, batch {case['batch']} | {case['dtype']} | {form['library']} "
-                f"| {form['form']} | {_milliseconds(form['median_seconds'])} "
-                f"| {_milliseconds(form['processor_seconds'])} "
-                f"| {'' if compiled is None else f'{compiled:.1f} s'} | {form['first_call_seconds']:.1f} s "
-                f"| {form['peak_bytes'] / 2**30:.2f} GiB | {form['noisy_turns']} of {rounds} |"
-            )
+            title = f"{TITLES[case['model']]}, batch {case['batch']}"
+            lines.append(f"| {title} | {case['dtype']} | {form_cells(form, rounds)} |")
     return "\n".join(lines) + "\n"
 
 
-def _milliseconds(seconds: float) -> str:
+def form_cells(form: dict[str, Any], rounds: int) -> str:
+    """Library, form, median, processor time, compile, first call, peak memory and noisy turns."""
+    compiled = form["compile_seconds"]
+    cells = [
+        form["library"],
+        form["form"],
+        milliseconds(form["median_seconds"]),
+        milliseconds(form["processor_seconds"]),
+        "" if compiled is None else f"{compiled:.1f} s",
+        f"{form['first_call_seconds']:.1f} s",
+        f"{form['peak_bytes'] / 2**30:.2f} GiB",
+        f"{form['noisy_turns']} of {rounds}",
+    ]
+    return " | ".join(cells)
+
+
+def milliseconds(seconds: float) -> str:
+    """For example "12 ms"."""
     return f"{1000 * seconds:.0f} ms"
 
 

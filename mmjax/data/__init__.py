@@ -28,7 +28,13 @@ if TYPE_CHECKING:
         told_conversation,
     )
     from mmjax.data.scenes_dialogues import SceneDialogueData
-    from mmjax.data.scenes_questions import Question, blind_guesses, presence_probes, scene_questions
+    from mmjax.data.scenes_questions import (
+        Question,
+        blind_guesses,
+        presence_probes,
+        scene_question,
+        scene_questions,
+    )
     from mmjax.data.scenes_text import scene_caption, scene_captions
     from mmjax.data.synthetic import SyntheticData
     from mmjax.data.text import ChatData, TextData
@@ -56,7 +62,7 @@ _HOMES = {
         "told_conversation",
     ),
     "scenes_dialogues": ("SceneDialogueData",),
-    "scenes_questions": ("Question", "blind_guesses", "presence_probes", "scene_questions"),
+    "scenes_questions": ("Question", "blind_guesses", "presence_probes", "scene_question", "scene_questions"),
     "scenes_text": ("scene_caption", "scene_captions"),
     "synthetic": ("SyntheticData",),
     "text": ("ChatData", "TextData"),
@@ -102,6 +108,7 @@ __all__ = [
     "scene_caption",
     "scene_captions",
     "scene_conversation",
+    "scene_question",
     "scene_questions",
     "scene_tokenizer",
     "told_conversation",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,24 +35,32 @@ class Entry:
 class KeptTokens:
     """Tokens of conversations, of as many as there is room for; any thread may ask and add.
 
+    Conversations that say the same, such as one question about many images, are kept once.
+
     Args:
         room: most tokens; each takes five bytes.
     """
 
     def __init__(self, room: int = 1 << 26) -> None:
         self._room = room
-        self._found: dict[Entry, tuple[np.ndarray, np.ndarray]] = {}
+        self._found: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
 
-    def of(self, entry: Entry) -> tuple[np.ndarray, np.ndarray] | None:
-        """Ids int32 [T] of a conversation, and which are learned, bool [T]; None if they were not kept."""
-        return self._found.get(entry)
+    def of(self, talk: Instruction, lay_out: Callable[[], tuple[Any, Any]]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int32 [T] of a conversation, and which are learned, bool [T].
 
-    def keep(self, entry: Entry, ids: Any, learned: Any) -> tuple[np.ndarray, np.ndarray]:
-        """The same of what was laid out just now."""
+        Args:
+            talk: the conversation.
+            lay_out: gives both, where they were not kept.
+        """
+        key = hashlib.blake2b(json.dumps(talk.messages).encode(), digest_size=16).digest()
+        found = self._found.get(key)
+        if found is not None:
+            return found
+        ids, learned = lay_out()
         made = np.asarray(ids, np.int32), np.asarray(learned) != 0
         if self._room >= len(made[0]):
             self._room -= len(made[0])
-            self._found[entry] = made
+            self._found[key] = made
         return made
 
 
@@ -186,14 +196,10 @@ class Conversations:
 
     def _expanded(self, talk: Instruction, layouts: Sequence[Layout], entry: Entry) -> Turns:
         processor, name = self.processor, entry.name
-        found = self.tokens.of(entry)
-        if found is None:
-            try:
-                ids, learned = processor.conversation(talk.messages, True, {})
-            except MmjaxError as error:  # the template, too, may refuse what a row says
-                raise BadSample(_cause(error), name, str(error)) from error
-            found = self.tokens.keep(entry, ids, learned)
-        ids, learned = found
+        try:
+            ids, learned = self.tokens.of(talk, lambda: processor.conversation(talk.messages, True, {}))
+        except MmjaxError as error:  # the template, too, may refuse what a row says
+            raise BadSample(_cause(error), name, str(error)) from error
         places = int((ids == processor.image_token_id).sum())
         if places != len(layouts):
             raise BadSample("bad_record", name, f"the template shows {places} of {len(layouts)} images")

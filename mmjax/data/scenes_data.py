@@ -10,7 +10,7 @@ from typing import Any, Literal
 from mmjax.data.config import DataConfig, Progress, Split, check_split
 from mmjax.data.faults import BadSample
 from mmjax.data.scenes import Dice, Scene, make_scene
-from mmjax.data.scenes_questions import scene_questions
+from mmjax.data.scenes_questions import scene_question, scene_questions
 from mmjax.data.scenes_text import describe, scene_caption, scene_captions
 from mmjax.data.sources import Record, digest
 from mmjax.data.text import ChatData
@@ -19,20 +19,21 @@ from mmjax.language.learned import train_bpe_tokenizer
 from mmjax.language.tokenizer import Tokenizer
 
 Message = dict[str, Any]
-About = Literal["caption", "questions"]
+About = Literal["caption", "questions", "question"]
 IMAGE_TOKEN = "<image>"
 _TOLD_QUESTIONS = 4
 USER, ASSISTANT, END = "<|user|>", "<|assistant|>", "<|end|>"
 ASK_CAPTION = "what is in the picture?"
-# A space goes before every text, so that a word has the same id wherever it stands.
+# A space goes before every text, so that a word has the same id wherever it stands. Question marks, and an
+# end of what the user says, would only stand between the question and its answer.
 SCENE_TEMPLATE = (
     "{% for message in messages %}"
     f"{{{{ '{USER}' if message.role == 'user' else '{ASSISTANT}' }}}}"
-    "{% if message.content is string %}{{ ' ' + message.content }}{% else %}"
+    "{% if message.content is string %}{{ ' ' + message.content.rstrip('?') }}{% else %}"
     "{% for part in message.content %}"
-    f"{{{{ '{IMAGE_TOKEN}' if part.type == 'image' else ' ' + part.text }}}}"
+    f"{{{{ '{IMAGE_TOKEN}' if part.type == 'image' else ' ' + part.text.rstrip('?') }}}}"
     "{% endfor %}{% endif %}"
-    f"{{{{ '{END}' }}}}"
+    f"{{{{ '{END}' if message.role == 'assistant' }}}}"
     "{% endfor %}"
     f"{{% if add_generation_prompt %}}{{{{ '{ASSISTANT}' }}}}{{% endif %}}"
 )
@@ -114,11 +115,14 @@ class SceneTextData(ChatData):
     are learned, as in `ChatData`.
 
     Args:
+        about, draws: as in `SceneDialogueData`, but "questions" are a few, perhaps what is in the scene too.
         num_train, num_test, content_seed: as in `ScenesData`.
         sequence_length: tokens of a row, into which several conversations are packed.
     """
 
     path: str = ""
+    about: Literal["questions", "question"] = "questions"
+    draws: int = 1
     num_train: int = 20_000
     num_test: int = 500
     content_seed: int = 0
@@ -129,14 +133,17 @@ class SceneTextData(ChatData):
         check_scene_counts(self)
         if self.path or self.test_path:
             raise ConfigError("SceneTextData reads no files: leave path and test_path out")
+        if self.draws < 1:
+            raise ConfigError(f"SceneTextData.draws={self.draws} has to be at least 1")
 
     def raw(self, split: Split) -> Iterator[tuple[str, bytes | BadSample]]:
         """Name and JSON of every conversation."""
         check_split(split)
         for number in range(self.num_train if split == "train" else self.num_test):
             scene = make_scene(number, split, seed=self.content_seed)
-            row = {"messages": told_conversation(scene)}
-            yield f"scene {number}", json.dumps(row).encode()
+            for draw in range(self.draws if split == "train" else 1):
+                row = {"messages": told_conversation(scene, draw, self.about)}
+                yield f"scene {number}", json.dumps(row).encode()
 
 
 def scene_conversation(scene: Scene, about: About = "questions", draw: int = 0) -> list[Message]:
@@ -144,7 +151,8 @@ def scene_conversation(scene: Scene, about: About = "questions", draw: int = 0) 
 
     Args:
         scene: what the picture shows.
-        about: "caption": what is in it; "questions": one of each kind that has an answer.
+        about: "caption": what is in it; "questions": one of each kind that has an answer; "question": one
+            alone, of a kind that is drawn.
         draw: gives other questions about the same scene.
 
     >>> talk = scene_conversation(make_scene(9), "caption")
@@ -157,26 +165,32 @@ def scene_conversation(scene: Scene, about: About = "questions", draw: int = 0) 
         turns = [(ASK_CAPTION, scene_caption(scene))]
     elif about == "questions":
         turns = [(question.text, question.answer) for question in scene_questions(scene, draw)]
+    elif about == "question":
+        alone = scene_question(scene, draw)
+        turns = [(alone.text, alone.answer)]
     else:
-        raise ConfigError(f"about={about!r} has to be 'caption' or 'questions'")
+        raise ConfigError(f"about={about!r} has to be 'caption', 'questions' or 'question'")
     messages = _messages(turns)
     first = messages[0]["content"]
     messages[0] = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": first}]}
     return messages
 
 
-def told_conversation(scene: Scene, draw: int = 0) -> list[Message]:
+def told_conversation(scene: Scene, draw: int = 0, about: About = "questions") -> list[Message]:
     """The same with words in place of the picture: all things, in any order, begin the first question.
 
-    One of the questions may be what is in the picture, which is answered in reading order: so whoever learns
-    from it learns to look things up by what they are and by where they stand, and to put them in order.
+    One of several questions may be what is in the picture, which is answered in reading order: so whoever
+    learns from it learns to look things up by what they are and where they stand, and to put them in order.
 
     >>> told_conversation(make_scene(9))[0]["content"]  # doctest: +ELLIPSIS
     'a blue digit nine at the top right, a large purple circle at the top. ...?'
     """
     dice = Dice(scene.seed, "told", scene.split, scene.number, draw)
-    turns = [(question.text, question.answer) for question in scene_questions(scene, draw)]
-    messages = _messages(dice.shuffled([*turns, (ASK_CAPTION, scene_caption(scene))])[:_TOLD_QUESTIONS])
+    asked = [scene_question(scene, draw)] if about == "question" else scene_questions(scene, draw)
+    turns = [(question.text, question.answer) for question in asked]
+    if about != "question":
+        turns = dice.shuffled([*turns, (ASK_CAPTION, scene_caption(scene))])[:_TOLD_QUESTIONS]
+    messages = _messages(turns)
     told = ", ".join(describe(thing) for thing in dice.shuffled(scene.things))
     messages[0]["content"] = f"{told}. {messages[0]['content']}"
     return messages

@@ -26,7 +26,7 @@ class SceneDialogueData(InstructionData):
 
     Args:
         about: "caption": what is in the picture; "questions": one question of each kind that has an answer;
-            "both": conversations of either form.
+            "question": one alone; "both": captions, and conversations of several questions.
         draws: conversations with questions about each training scene, each with others.
         num_train, num_test, image_size, content_seed: as in `ScenesData`.
     """
@@ -53,13 +53,14 @@ class SceneDialogueData(InstructionData):
         """The conversations of a split; the name of an image is what its scene is made from."""
         check_split(split)
         forms: list[tuple[About, int]] = []
-        if self.about != "questions":
+        if self.about in ("caption", "both"):
             forms.append(("caption", 0))
         if self.about != "caption":
-            forms += [("questions", draw) for draw in range(self.draws if split == "train" else 1)]
-        for about, draw in forms:
-            for number in range(self.num_train if split == "train" else self.num_test):
-                scene = make_scene(number, split, seed=self.content_seed)
+            asked: About = "question" if self.about == "question" else "questions"
+            forms += [(asked, draw) for draw in range(self.draws if split == "train" else 1)]
+        for number in range(self.num_train if split == "train" else self.num_test):
+            scene = make_scene(number, split, seed=self.content_seed)
+            for about, draw in forms:
                 row = {"image": f"{split}/{number}", "messages": scene_conversation(scene, about, draw)}
                 yield Entry(json.dumps(row).encode(), Path(), f"scene {number}")
 

@@ -13,15 +13,28 @@ from mmjax.data.scenes_text import NUMBER_WORDS, describe, plural, side_by_side,
 KINDS = ("color", "shape", "size", "place", "count", "relation", "word", "digit", "presence")
 # Of 100 scenes 32, 32, 20 and 16 have none, one, two and three of the shape that is counted.
 _ASK_COUNT = (0.5, 0.5, 0.8, 1.0)
+# How often a question that is asked alone is of a kind: more often what takes longer to learn.
+_SHARES = {
+    "color": 2,
+    "shape": 2,
+    "size": 2,
+    "place": 4,
+    "count": 2,
+    "relation": 5,
+    "word": 1,
+    "digit": 2,
+    "presence": 4,
+}
+# What a question is about comes last: a small model then has less far to look back for it.
 _PHRASES = {
-    "color": ("what color is {}?", "which color does {} have?"),
+    "color": ("what color is {}?", "which color has {}?"),
     "shape": ("what shape is {}?", "which shape is {}?"),
-    "size": ("is {} small or large?", "what size is {}?"),
+    "size": ("what size is {}?", "how large is {}?"),
     "place": ("where is {}?", "in which part of the picture is {}?"),
-    "count": ("how many {} are there?", "how many {} can you see?"),
+    "count": ("how many {}?", "what is the number of {}?"),
     "relation": ("is {}?", "look: is {}?"),
-    "word": ("what word is written?", "what does the word say?"),
-    "digit": ("what digit is written?", "which digit is it?"),
+    "word": ("what is the word?", "what says the word?"),
+    "digit": ("what is the digit?", "which is the digit?"),
     "presence": ("is there {}?", "can you see {}?"),
 }
 
@@ -63,6 +76,23 @@ def scene_questions(scene: Scene, draw: int = 0) -> tuple[Question, ...]:
     dice = Dice(scene.seed, "questions", scene.split, scene.number, draw)
     asked = [question for kind in KINDS if (question := _MAKERS[kind](scene, dice)) is not None]
     return tuple(dice.shuffled(asked))
+
+
+def scene_question(scene: Scene, draw: int = 0) -> Question:
+    """One question, of a kind that is drawn: kinds that take longer to learn come more often.
+
+    Args:
+        scene: what it is about.
+        draw: gives another question about the same scene.
+
+    >>> from mmjax.data.scenes import make_scene
+    >>> scene_question(make_scene(9)).kind in KINDS
+    True
+    """
+    dice = Dice(scene.seed, "question", scene.split, scene.number, draw)
+    kinds = dice.shuffled([kind for kind in KINDS for _ in range(_SHARES[kind])])
+    # Whether something is there can be asked about any scene.
+    return next(question for kind in kinds if (question := _MAKERS[kind](scene, dice)) is not None)
 
 
 def presence_probes(scene: Scene) -> tuple[Question, Question]:
@@ -151,7 +181,8 @@ def _size(scene: Scene, dice: Dice) -> Question | None:
 
 
 def _place(scene: Scene, dice: Dice) -> Question | None:
-    found = _named(scene.things, scene, dice)
+    """Of what has one place: a word has two cells."""
+    found = _named(tuple(thing for thing in scene.things if thing.columns == 1), scene, dice)
     return found and _question("place", dice, found[1], found[0].place, found[0])
 
 

@@ -7,10 +7,10 @@ from mmjax.data.scenes import Dice, Scene, Thing
 NUMBER_WORDS = ("zero", "one", "two", "three", "four")
 # How often a caption of one thing says what it is, and its colour, size and place: what is written always,
 # and little besides, so that the picture cannot be found without reading it.
-_SHAPE_SHARES = {"name": 0.8, "color": 0.45, "size": 0.25, "place": 0.4}
-_WRITTEN_SHARES = {"name": 1.0, "color": 0.3, "size": 0.0, "place": 0.3}
+_SHAPE_SHARES = {"name": 0.8, "color": 0.4, "size": 0.2, "place": 0.6}
+_WRITTEN_SHARES = {"name": 1.0, "color": 0.3, "size": 0.0, "place": 0.4}
 # How often such a caption is about a thing of each sort: the hardest to read the most.
-_SORT_WEIGHTS = {"shape": 2, "digit": 3, "word": 3}
+_SORT_WEIGHTS = {"shape": 3, "digit": 5, "word": 4}
 
 
 def describe(

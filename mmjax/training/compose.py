@@ -42,7 +42,7 @@ class LlavaFromParts:
     brain: str
     projector: str = "mlp2x"
     bridge: str | None = None
-    feature_layer: int = -2
+    feature_layer: int | tuple[int, ...] = -2
     feature_select: str = "default"
     template: str | None = "vicuna"
     pad: bool = True

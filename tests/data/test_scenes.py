@@ -18,6 +18,7 @@ from mmjax.data import (
     scene_caption,
     scene_captions,
     scene_conversation,
+    scene_question,
     scene_questions,
     scene_tokenizer,
     told_conversation,
@@ -344,13 +345,27 @@ def test_dialogues_bring_pictures_and_answers_to_learn(about):
     assert seen >= 2
 
 
+def test_questions_asked_alone_are_of_all_kinds_and_the_slow_ones_more_often():
+    alone = [scene_question(scene, draw) for scene in TRAIN[:300] for draw in range(3)]
+    kinds = collections.Counter(question.kind for question in alone)
+    assert set(kinds) == set(KINDS)
+    assert kinds["relation"] > 2 * kinds["word"] and kinds["presence"] > 1.5 * kinds["color"]
+    every = {(q.kind, q.text, q.answer) for draw in range(40) for q in scene_questions(TRAIN[0], draw)}
+    assert {(q.kind, q.text, q.answer) for q in alone[:3]} <= every
+    rows = [json.loads(e.data) for e in SceneDialogueData(about="question", draws=3, num_train=2).entries()]
+    expected = [scene_conversation(scene, "question", draw) for scene in TRAIN[:2] for draw in range(3)]
+    assert [row["messages"] for row in rows] == expected and {len(talk) for talk in expected} == {2}
+
+
 def test_dialogues_ask_other_questions_with_every_draw():
     rows = [
         [json.loads(entry.data) for entry in SceneDialogueData(draws=draws, num_train=5).entries()]
         for draws in (1, 2)
     ]
-    assert rows[1][:5] == rows[0] and len(rows[1]) == 10
-    assert [row["image"] for row in rows[1][5:]] == [row["image"] for row in rows[0]]
-    assert all(again["messages"] != row["messages"] for again, row in zip(rows[1][5:], rows[0], strict=True))
+    assert rows[1][::2] == rows[0] and len(rows[1]) == 10
+    assert [row["image"] for row in rows[1][1::2]] == [row["image"] for row in rows[0]]
+    assert all(
+        again["messages"] != row["messages"] for again, row in zip(rows[1][1::2], rows[0], strict=True)
+    )
     test = [json.loads(entry.data) for entry in SceneDialogueData(num_test=2).entries("test")]
     assert [row["messages"] for row in test] == [scene_conversation(scene) for scene in TEST[:2]]
