@@ -26,7 +26,7 @@ class SceneDialogueData(InstructionData):
 
     Args:
         about: "caption": what is in the picture; "questions": one question of each kind that has an answer;
-            "question": one alone; "both": captions, and conversations of several questions.
+            "question": one alone; "both": captions, and questions alone.
         draws: conversations with questions about each training scene, each with others.
         num_train, num_test, image_size, content_seed: as in `ScenesData`.
     """
@@ -56,7 +56,7 @@ class SceneDialogueData(InstructionData):
         if self.about in ("caption", "both"):
             forms.append(("caption", 0))
         if self.about != "caption":
-            asked: About = "question" if self.about == "question" else "questions"
+            asked: About = "questions" if self.about == "questions" else "question"
             forms += [(asked, draw) for draw in range(self.draws if split == "train" else 1)]
         for number in range(self.num_train if split == "train" else self.num_test):
             scene = make_scene(number, split, seed=self.content_seed)
