@@ -23,6 +23,8 @@ from mmjax.data import (
     scene_tokenizer,
     told_conversation,
 )
+from mmjax.data.instruction_rows import Instruction
+from mmjax.data.instruction_source import KeptTokens
 from mmjax.data.scenes import COLOR_NAMES, NAMES, PLACES, is_held_out
 from mmjax.data.scenes_data import ASK_CAPTION
 from mmjax.data.scenes_draw import COLORS, SHAPES, WORDS
@@ -33,6 +35,7 @@ from tests.data.seeing import Seeing
 
 TRAIN = [make_scene(number) for number in range(1500)]
 TEST = [make_scene(number, "test") for number in range(600)]
+FORMS = [("caption", 0), ("question", 0), ("question", 1)]
 COLORED = re.compile(f"({'|'.join(COLOR_NAMES)}) (?:digit |word )?({'|'.join(sum(NAMES.values(), ()))})")
 
 
@@ -357,6 +360,25 @@ def test_questions_asked_alone_are_of_all_kinds_and_the_slow_ones_more_often():
     assert [row["messages"] for row in rows] == expected and {len(talk) for talk in expected} == {2}
 
 
+def test_what_is_said_twice_is_laid_out_once():
+    asked = [{"role": "user", "content": "where?"}, {"role": "assistant", "content": "here"}]
+    talks = [Instruction(asked, ("a",)), Instruction(asked, ("b",)), Instruction(asked[:1], ())]
+    calls = []
+
+    def lay_out():
+        calls.append(1)
+        return [5, 6], [0, 1]
+
+    kept, none = KeptTokens(), KeptTokens(room=1)
+    for talk in talks:
+        ids, learned = kept.of(talk, lay_out)
+        assert ids.tolist() == [5, 6] and learned.tolist() == [False, True]
+    assert len(calls) == 2
+    for talk in talks:
+        none.of(talk, lay_out)
+    assert len(calls) == 5
+
+
 def test_dialogues_ask_other_questions_with_every_draw():
     rows = [
         [json.loads(entry.data) for entry in SceneDialogueData(draws=draws, num_train=5).entries()]
@@ -367,5 +389,8 @@ def test_dialogues_ask_other_questions_with_every_draw():
     assert all(
         again["messages"] != row["messages"] for again, row in zip(rows[1][1::2], rows[0], strict=True)
     )
+    both = [json.loads(e.data) for e in SceneDialogueData(about="both", draws=2, num_train=2).entries()]
+    told = [scene_conversation(TRAIN[n], about, draw) for n in (0, 1) for about, draw in FORMS]
+    assert [row["messages"] for row in both] == told
     test = [json.loads(entry.data) for entry in SceneDialogueData(num_test=2).entries("test")]
     assert [row["messages"] for row in test] == [scene_conversation(scene) for scene in TEST[:2]]

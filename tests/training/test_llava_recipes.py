@@ -198,11 +198,15 @@ def test_parts_that_do_not_fit_are_named(parts, aligned, tmp_path):
 def test_plans_see_the_shapes_that_a_run_has(parts, aligned):
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
     source = LlavaFromParts(eyes=str(parts / "eyes"), brain=str(parts / "brain"))
+    layered = dataclasses.replace(source, feature_layer=(0, -2))
     lora = LoraConfig(targets="language_model/.*_proj/kernel")
     adapters = LoraFromFolder(path=str(aligned), dtype="bfloat16", lora=lora, whole=BRIDGE)
-    for each in (source, adapters):
+    for each in (source, layered, adapters):
         opened, planned = each.open(None, jax.random.key(0), mesh), each.open_shapes(mesh)
         assert planned.shapes == opened.shapes and planned.shardings.keys() == opened.shardings.keys()
+    kernel = "multi_modal_projector/linear_1/kernel"
+    widths = [each.open_shapes(mesh).shapes[kernel].shape[0] for each in (source, layered)]
+    assert widths[1] == 2 * widths[0] == layered.open(None, jax.random.key(0), mesh).params()[kernel].shape[0]
     made = adapters.open(None, jax.random.key(0), mesh).params()
     assert {str(x.dtype) for path, x in made.items() if "multi_modal" in path} == {"float32"}
     data = InstructionData(
