@@ -61,7 +61,7 @@ def experiment() -> Experiment:
             pad=False,
             execution=Execution(dtype="bfloat16"),
         ),
-        data=dialogues("both", draws=6),
+        data=dialogues("question", draws=6),
         prepare=KeepFeatures(folder=FEATURES, data=dialogues("caption"), batch_size=256),
         stages=(
             Stage(
@@ -75,7 +75,7 @@ def experiment() -> Experiment:
             Stage(name="description", loss=NextToken(), data=dialogues("caption"), rules=seeing, steps=400),
             Stage(name="instruction", loss=NextToken(), rules=seeing),
         ),
-        train=Train(steps=3000, batch_size=16, optimizer="muon", log_every=100, checkpoint_every=500),
+        train=Train(steps=2500, batch_size=16, optimizer="muon", log_every=100, checkpoint_every=500),
         evaluate=evaluate,
         preview=draw_preview,
         smoke=(

@@ -16,14 +16,14 @@ _ASK_COUNT = (0.5, 0.5, 0.8, 1.0)
 # How often a question that is asked alone is of a kind: more often what takes longer to learn.
 _SHARES = {
     "color": 2,
-    "shape": 2,
-    "size": 2,
-    "place": 6,
-    "count": 3,
-    "relation": 6,
-    "word": 2,
+    "shape": 1,
+    "size": 1,
+    "place": 4,
+    "count": 5,
+    "relation": 7,
+    "word": 3,
     "digit": 2,
-    "presence": 5,
+    "presence": 4,
 }
 # What a question is about comes last: a small model then has less far to look back for it.
 _PHRASES = {
