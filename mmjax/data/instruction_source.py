@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ class KeptTokens:
 
     def __init__(self, room: int = 1 << 26) -> None:
         self._room = room
+        self._lock = threading.Lock()
         self._found: dict[bytes, tuple[np.ndarray, np.ndarray]] = {}
 
     def of(self, talk: Instruction, lay_out: Callable[[], tuple[Any, Any]]) -> tuple[np.ndarray, np.ndarray]:
@@ -58,9 +60,10 @@ class KeptTokens:
             return found
         ids, learned = lay_out()
         made = np.asarray(ids, np.int32), np.asarray(learned) != 0
-        if self._room >= len(made[0]):
-            self._room -= len(made[0])
-            self._found[key] = made
+        with self._lock:  # another thread may have laid out the same
+            if key not in self._found and self._room >= len(made[0]):
+                self._room -= len(made[0])
+                self._found[key] = made
         return made
 
 

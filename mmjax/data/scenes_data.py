@@ -29,9 +29,10 @@ ASK_CAPTION = "what is in the picture?"
 SCENE_TEMPLATE = (
     "{% for message in messages %}"
     f"{{{{ '{USER}' if message.role == 'user' else '{ASSISTANT}' }}}}"
-    "{% if message.content is string %}{{ ' ' + message.content.rstrip('?') }}{% else %}"
+    "{% set marks = '?' if message.role == 'user' else '' %}"
+    "{% if message.content is string %}{{ ' ' + message.content.rstrip(marks) }}{% else %}"
     "{% for part in message.content %}"
-    f"{{{{ '{IMAGE_TOKEN}' if part.type == 'image' else ' ' + part.text.rstrip('?') }}}}"
+    f"{{{{ '{IMAGE_TOKEN}' if part.type == 'image' else ' ' + part.text.rstrip(marks) }}}}"
     "{% endfor %}{% endif %}"
     f"{{{{ '{END}' if message.role == 'assistant' }}}}"
     "{% endfor %}"
@@ -96,7 +97,7 @@ class ScenesSource:
     def identity(self) -> str:
         """Changes with what decides the contents."""
         config = self.config
-        return digest("scenes", self.split, len(self), config.image_size, config.content_seed)
+        return digest("scenes 2", self.split, len(self), config.image_size, config.content_seed)
 
     def __len__(self) -> int:
         return self.config.num_train if self.split == "train" else self.config.num_test
@@ -135,6 +136,8 @@ class SceneTextData(ChatData):
             raise ConfigError("SceneTextData reads no files: leave path and test_path out")
         if self.draws < 1:
             raise ConfigError(f"SceneTextData.draws={self.draws} has to be at least 1")
+        if self.about not in ("questions", "question"):
+            raise ConfigError(f"SceneTextData.about={self.about!r} has to be 'questions' or 'question'")
 
     def raw(self, split: Split) -> Iterator[tuple[str, bytes | BadSample]]:
         """Name and JSON of every conversation."""

@@ -45,6 +45,10 @@ class SceneDialogueData(InstructionData):
         check_scene_counts(self)
         if self.draws < 1:
             raise ConfigError(f"SceneDialogueData.draws={self.draws} has to be at least 1")
+        if self.about not in ("caption", "questions", "question", "both"):
+            raise ConfigError(
+                f"SceneDialogueData.about={self.about!r} is none of caption, questions, question, both"
+            )
         if self.path or self.test_path or self.images:
             raise ConfigError("SceneDialogueData reads no files: leave path, test_path and images out")
         make_scene(0, image_size=self.image_size)

@@ -13,7 +13,7 @@ from mmjax.data.scenes_text import NUMBER_WORDS, describe, plural, side_by_side,
 KINDS = ("color", "shape", "size", "place", "count", "relation", "word", "digit", "presence")
 # Of 100 scenes 32, 32, 20 and 16 have none, one, two and three of the shape that is counted.
 _ASK_COUNT = (0.5, 0.5, 0.8, 1.0)
-# How often a question that is asked alone is of a kind: more often what takes longer to learn.
+# Weights of the kinds that have an answer, where a question is asked alone: more for what is learned later.
 _SHARES = {
     "color": 2,
     "shape": 1,

@@ -43,7 +43,7 @@ def generate(
 ) -> Array:
     """Let a model go on with prompts.
 
-    The work is one compiled program, whose lengths are rounded up to powers of two: other prompts, other
+    The work is one compiled program, whose lengths are rounded up (see `bucket`): other prompts, other
     numbers of a sampler, other keys and stop ids do not compile again.
 
     Args:

@@ -110,7 +110,9 @@ class KeepFeatures:
 
     def __call__(self, outcome: Outcome, say: Callable[[str], None]) -> None:
         data = dataclasses.replace(self.data, features=None)
-        identity = digest(_digest(outcome.params), repr(data), self.split, self.dtype)
+        # The config says which layers are seen.
+        seen = repr((outcome.model.config, getattr(outcome.processor, "image_processor", None)))
+        identity = digest(_digest(outcome.params), seen, repr(data), self.split, self.dtype)
         with contextlib.suppress(DataError):
             if FeatureStore(self.folder).identity == identity:
                 return

@@ -316,6 +316,9 @@ def test_text_data_packs_told_conversations_with_answers_to_learn():
         (lambda: SceneTextData(path="x.jsonl"), "reads no files"),
         (lambda: SceneDialogueData(path="x.json"), "reads no files"),
         (lambda: SceneDialogueData(draws=0), "draws"),
+        (lambda: SceneDialogueData(about="captions"), "about='captions'"),
+        (lambda: SceneTextData(about="caption"), "about='caption'"),
+        (lambda: SceneTextData(draws=0), "draws"),
         (lambda: SceneDialogueData(image_size=50), "image_size=50"),
     ],
 )
