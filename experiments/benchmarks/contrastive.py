@@ -5,7 +5,8 @@
 Value and gradients of both embeddings and of the scale (and bias). Every form runs in a process of its own,
 and the processes take turns. The part "large" runs a loss of 131,072 pairs once, which takes minutes. Results
 go to contrastive.json and, when every part is there, CONTRASTIVE.md beside this file; with --quick, to
-output/contrastive.
+output/contrastive. Times of the losses are kept for every processor that this ran on: the ratios depend on
+how fast the libraries' products are there.
 Needs torch, and open_clip's loss: pip install --no-deps open_clip_torch
 """
 
@@ -127,13 +128,10 @@ def caching(rounds: int, retakes: int) -> dict[str, Any]:
 
 def report(results: dict[str, Any]) -> str:
     """CONTRASTIVE.md."""
-    rounds = len(results["time"][0]["forms"][0]["seconds"])
     lines = [
         "# Contrastive losses on CPU: time and memory",
         "",
         "Made by `python experiments/benchmarks/contrastive.py`; see its first lines.",
-        "",
-        describe(results["machine"], rounds),
         "",
         f"## Time: value and gradients, {COUNT:,} pairs, {WIDTH} numbers each, float32",
         "",
@@ -142,32 +140,12 @@ def report(results: dict[str, Any]) -> str:
         f"did between the turns ({PRODUCT} x {PRODUCT}), counting the products that nothing can leave out "
         f"({' and '.join(f'{number} for {name}' for name, number in PRODUCTS.items())}). Dense JAX holds the "
         "similarities and so needs 3 products for either; with its memory kept it is measured too.",
-        "",
-        "| loss | mmjax | over dense JAX | over it with memory kept | over open_clip | share of product rate "
-        "| largest difference |",
-        "|---|---|---|---|---|---|---|",
     ]
-    for result in results["time"]:
-        ratios = (result[name] for name in ("over_dense", "over_kept", "over_open_clip"))
-        cells = " | ".join(f"{middle:.2f} ({low:.2f} to {high:.2f})" for middle, low, high in ratios)
-        lines.append(
-            f"| {result['loss']} | {_ms(result['forms'][0])} | {cells} "
-            f"| {result['share_of_product_rate']:.0%} of {result['product_rate'] / 1e9:.0f} GFLOP/s "
-            f"| {result['difference']:.0e} |"
-        )
-    lines += [
-        "",
-        "| loss | library | form | median | peak memory | noisy turns |",
-        "|---|---|---|---|---|---|",
-    ]
-    for result in results["time"]:
-        for form in result["forms"]:
-            lines.append(
-                f"| {result['loss']} | {form['library']} | {form['form']} | {_ms(form)} "
-                f"| {form['peak_bytes'] / 2**30:.2f} GiB | {form['noisy_turns']} of {rounds} |"
-            )
+    for timed in results["time"].values():
+        lines += _times(timed["losses"], timed["machine"])
     names = ("infonce blocks", "infonce dense", "sigmoid blocks", "sigmoid dense")
     lines += ["", "## Memory: XLA's temporary bytes for the same, compiled", ""]
+    lines += [describe(results["machine"], len(results["caching"]["forms"][0]["seconds"])), ""]
     lines += [f"| pairs | {' | '.join(names)} |", "|---|---|---|---|---|"]
     for row in results["memory"]:
         lines.append(f"| {row['pairs']:,} | {' | '.join(_mb(row[name]) for name in names)} |")
@@ -189,6 +167,41 @@ def report(results: dict[str, Any]) -> str:
         lines.append(f"| {row['batch']} | {_mb(row['in one piece'])} | {_mb(row['in micro-batches'])} |")
     lines += ["", f"The losses of the first three steps differ by {cached['difference']:.0e} at most."]
     return "\n".join(lines) + "\n"
+
+
+def _times(losses: list[dict[str, Any]], about: dict[str, Any]) -> list[str]:
+    """The tables of one processor."""
+    rounds = len(losses[0]["forms"][0]["seconds"])
+    lines = [
+        "",
+        f"### {about['processor']}",
+        "",
+        describe(about, rounds),
+        "",
+        "| loss | mmjax | over dense JAX | over it with memory kept | over open_clip | share of product rate "
+        "| largest difference |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in losses:
+        ratios = (result[name] for name in ("over_dense", "over_kept", "over_open_clip"))
+        cells = " | ".join(f"{middle:.2f} ({low:.2f} to {high:.2f})" for middle, low, high in ratios)
+        lines.append(
+            f"| {result['loss']} | {_ms(result['forms'][0])} | {cells} "
+            f"| {result['share_of_product_rate']:.0%} of {result['product_rate'] / 1e9:.0f} GFLOP/s "
+            f"| {result['difference']:.0e} |"
+        )
+    lines += [
+        "",
+        "| loss | library | form | median | peak memory | noisy turns |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in losses:
+        for form in result["forms"]:
+            lines.append(
+                f"| {result['loss']} | {form['library']} | {form['form']} | {_ms(form)} "
+                f"| {form['peak_bytes'] / 2**30:.2f} GiB | {form['noisy_turns']} of {rounds} |"
+            )
+    return lines
 
 
 def _ms(form: dict[str, Any]) -> str:
@@ -216,16 +229,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     kept = output / "contrastive.json"
     results: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {}
-    results["machine"] = {**machine("jax", "torch", "open_clip_torch"), "memory": MEMORY}
+    about = {**machine("jax", "torch", "open_clip_torch"), "memory": MEMORY}
     measure: dict[str, Callable[[], Any]] = {
-        "time": lambda: [time_loss(name, rounds, retakes) for name in ("infonce", "sigmoid")],
+        "time": lambda: [time_loss(name, rounds, retakes) for name in PRODUCTS],
         "caching": lambda: caching(max(2, rounds // 2), retakes),
         "memory": lambda: memory([2**n for n in range(10, 18)]),
         "large": run_large,
     }
     for part in options.only:
         print(part, flush=True)
-        results[part] = measure[part]()
+        measured = measure[part]()
+        if part == "time":
+            results.setdefault("time", {})[about["processor"]] = {"machine": about, "losses": measured}
+        else:
+            results |= {part: measured, "machine": about}
         kept.write_text(json.dumps(results, indent=1) + "\n")
     if all(part in results for part in PARTS):
         text = report(results)

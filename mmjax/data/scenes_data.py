@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from mmjax.data.config import DataConfig, Progress, Split, check_split
 from mmjax.data.faults import BadSample
-from mmjax.data.scenes import Dice, Scene, make_scene
+from mmjax.data.scenes import PLACES, Dice, Scene, make_scene
 from mmjax.data.scenes_questions import scene_question, scene_questions
 from mmjax.data.scenes_text import describe, scene_caption, scene_captions
 from mmjax.data.sources import Record, digest
@@ -200,7 +200,7 @@ def told_conversation(scene: Scene, draw: int = 0, about: About = "questions") -
 
 
 def scene_tokenizer(texts: int = 2_000) -> Tokenizer:
-    """A vocabulary learned from captions and questions, in which their words have one id each.
+    """A vocabulary learned from captions and questions, in which their words and places have one id each.
 
     Its chat template writes `<image>` where a message has an image.
 
@@ -222,6 +222,8 @@ def scene_tokenizer(texts: int = 2_000) -> Tokenizer:
         1024,
         eos_token=END,
         special_tokens=(USER, ASSISTANT, IMAGE_TOKEN),
+        # An answer of one token is looked up at once; a corner in two would need the thing a second time.
+        phrases=[f" {place}" for row in PLACES for place in row if " " in place],
         chat_template=SCENE_TEMPLATE,
     )
 

@@ -24,6 +24,7 @@ def train_bpe_tokenizer(
     bos_token: str | None = None,
     pad_token: str | None = None,
     special_tokens: Sequence[str] = (),
+    phrases: Sequence[str] = (),
     max_length: int | None = None,
     chat_template: str | None = None,
 ) -> Tokenizer:
@@ -31,12 +32,14 @@ def train_bpe_tokenizer(
 
     Args:
         texts: What to learn from. The same texts give the same vocabulary.
-        vocab_size: Number of ids: the special tokens, which come first, 256 for bytes, and the merges. Fewer
-            if the texts have no more pairs to merge.
+        vocab_size: Number of ids: the special tokens, which come first, 256 for bytes, the merges and the
+            phrases. Fewer if the texts have no more pairs to merge.
         eos_token: Ends a text.
         bos_token: Begins one; put in front by the tokenizer. None: there is none.
         pad_token: Fills; None: the end token.
         special_tokens: More of them, such as those of a chat template.
+        phrases: Texts of several words that have one id each wherever they are met, spaces included. Their ids
+            follow those that were learned.
         max_length: Longest text in tokens; None: no limit.
         chat_template: Saved with the tokenizer.
 
@@ -51,17 +54,20 @@ def train_bpe_tokenizer(
         (260, 0)
         >>> tokenizer.decode(tokenizer("any Text")["input_ids"][0])
         'any Text'
+        >>> named = train_bpe_tokenizer([], vocab_size=260, phrases=[" top left"])
+        >>> named("at the top left")["input_ids"][0][-1] == named.vocab_size - 1
+        True
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = list(dict.fromkeys(t for t in (eos_token, bos_token, pad_token, *special_tokens) if t))
-    if vocab_size < len(alphabet) + len(special):
-        raise ConfigError(
-            f"vocab_size: bytes and special tokens need {len(alphabet) + len(special)}, got {vocab_size}"
-        )
+    phrases = list(dict.fromkeys(phrases))
+    given = len(alphabet) + len(special) + len(phrases)
+    if vocab_size < given:
+        raise ConfigError(f"vocab_size: bytes, special tokens and phrases need {given}, got {vocab_size}")
     learner = _byte_level(models.BPE())
     # Ties between pairs are decided by id: given as special tokens, the bytes have the same ids every time.
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, show_progress=False, special_tokens=[*special, *alphabet]
+        vocab_size=vocab_size - len(phrases), show_progress=False, special_tokens=[*special, *alphabet]
     )
     learner.train_from_iterator(texts, trainer)
     learned = json.loads(learner.to_str())["model"]
@@ -69,6 +75,7 @@ def train_bpe_tokenizer(
     tokens = [*special, *alphabet, *dict.fromkeys(left + right for left, right in merges)]
     tokenizer = _byte_level(models.BPE({token: number for number, token in enumerate(tokens)}, merges))
     tokenizer.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in special])
+    tokenizer.add_tokens([tokenizers.AddedToken(t, special=False, normalized=False) for t in phrases])
     if bos_token:
         number = tokenizer.token_to_id(bos_token)
         tokenizer.post_processor = processors.Sequence(
