@@ -16,12 +16,12 @@ _ASK_COUNT = (0.5, 0.5, 0.8, 1.0)
 # Weights of the kinds that have an answer, where a question is asked alone: more for what is learned later.
 _SHARES = {
     "color": 2,
-    "shape": 1,
+    "shape": 2,
     "size": 1,
-    "place": 4,
-    "count": 5,
-    "relation": 7,
-    "word": 3,
+    "place": 3,
+    "count": 4,
+    "relation": 9,
+    "word": 2,
     "digit": 2,
     "presence": 4,
 }

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mmjax.generation.loop import Controls, read_prompt, repeat_rows
+from mmjax.generation.loop import Controls, repeat_rows
+from mmjax.generation.prefill import read_prompt
 
 Array = jax.Array
 # Stands for minus infinity; two of them still add up.

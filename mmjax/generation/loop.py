@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from mmjax.generation.prefill import read_prompt
 from mmjax.generation.samplers import Plan
 from mmjax.generation.warpers import choose
 
@@ -54,26 +55,6 @@ class Controls:
     stop_ids: Array
     pad_id: Array
     limit: Array
-
-
-def read_prompt(
-    model: Any, params: Any, cache: Any, inputs: dict[str, Array], length: Array
-) -> tuple[Array, Any]:
-    """Put prompts into a cache.
-
-    Args:
-        cache: with room for all of the inputs' columns.
-        inputs: arguments of the model, the prompts padded on the left to `length`, then on the right.
-        length: int32 [].
-
-    Returns:
-        The logits after the prompts' last tokens, float32 [B, V], and the cache, whose cursor is after them.
-    """
-    rows = inputs["attention_mask"].shape[0]
-    cursor = cache.cursor
-    last = jnp.full((rows,), length - 1, jnp.int32)
-    out = model.apply({"params": params}, **inputs, cache=cache, logits_to_keep=last)
-    return out.logits[:, 0], out.cache.replace(cursor=cursor + length)
 
 
 def repeat_rows(tree: Any, copies: int) -> Any:

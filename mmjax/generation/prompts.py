@@ -38,23 +38,17 @@ class Prompts:
     rows: int
 
 
-# An image of LLaVA-1.5 is 576 tokens, so that 1,024 would be mostly padding.
-_IMAGE_AND_QUESTION = 768
-
-
 def bucket(length: int, most: int | None = None) -> int:
-    """The length that a program is compiled for: the next power of two, 16 at least, or 768.
+    """The length that a program is compiled for: the next power of two, 16 at least.
 
     Args:
         length: in tokens.
         most: a bound that the result keeps if `length` does.
 
     >>> [bucket(n) for n in (3, 17, 100, 600)], bucket(40, 48)
-    ([16, 32, 128, 768], 48)
+    ([16, 32, 128, 1024], 48)
     """
     size = max(16, 1 << (length - 1).bit_length())
-    if size == 1024 and length <= _IMAGE_AND_QUESTION:
-        size = _IMAGE_AND_QUESTION
     return size if most is None else max(length, min(size, most))
 
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.errors import DataError
-from mmjax.generation.loop import read_prompt, repeat_rows
+from mmjax.generation.loop import repeat_rows
+from mmjax.generation.prefill import read_prompt
 from mmjax.generation.prompts import (
     bucket,
     cache_dtype,

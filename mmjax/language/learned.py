@@ -38,8 +38,8 @@ def train_bpe_tokenizer(
         bos_token: Begins one; put in front by the tokenizer. None: there is none.
         pad_token: Fills; None: the end token.
         special_tokens: More of them, such as those of a chat template.
-        phrases: Texts of several words that have one id each wherever they are met, spaces included. Their ids
-            follow those that were learned.
+        phrases: Texts of several words that have one id each wherever they are met, spaces included; these
+            ids come last.
         max_length: Longest text in tokens; None: no limit.
         chat_template: Saved with the tokenizer.
 

@@ -49,6 +49,18 @@ def test_rows_with_images_and_without_are_what_they_are_alone(kind):
         assert tokens[row].tolist() == one_by_one(model, params, alone, 4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_prompts_with_images(kind):
+    """They are read in pieces; here an image is in the first half and one in a piece."""
+    model, params, processor = make(kind, longest=1024)
+    words = "a cat " * 90
+    shown = [picture(9, 20), picture(30, 10)]
+    batch = processor(images=[shown], text=f"<image>{words}<image>{words}What?")
+    assert 320 < batch["input_ids"].shape[1] < 512
+    tokens = np.asarray(mmjax.generate(model, params, batch, 3, stop_ids=()))
+    assert tokens[0].tolist() == one_by_one(model, params, batch, 3)
+
+
 def test_ids_and_sizes_are_enough():
     model, params, processor = make("llava_next")
     batch = processor(

@@ -77,6 +77,21 @@ class CausalLM(Model):
         """int [B, T] to embeddings [B, T, D], as `inputs_embeds` takes them."""
         return self.model.embed(input_ids)
 
+    def embed_inputs(
+        self,
+        input_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        inputs_embeds: Array | None = None,
+    ) -> Array:
+        """What the decoder reads, [B, T, D], padding too; arguments as in `__call__`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ConfigError("input_ids, inputs_embeds: give one of the two")
+        if inputs_embeds is not None:
+            return inputs_embeds
+        if input_ids.ndim != 2:  # type: ignore[union-attr]
+            raise ConfigError(f"input_ids: expected [batch, tokens], got shape {input_ids.shape}")  # type: ignore[union-attr]
+        return self.embed_tokens(input_ids)  # type: ignore[arg-type]
+
     def output_kernel(self) -> Array:
         """The kernel [D, V] of the product with the vocabulary; tied models' is the table's transpose."""
         if self.config.tie_word_embeddings:
@@ -100,12 +115,7 @@ class CausalLM(Model):
         **options: Any,
     ) -> DecoderOutput:
         """Everything but the logits; arguments as in `__call__`."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ConfigError("input_ids, inputs_embeds: give one of the two")
-        if inputs_embeds is None:
-            if input_ids.ndim != 2:  # type: ignore[union-attr]
-                raise ConfigError(f"input_ids: expected [batch, tokens], got shape {input_ids.shape}")  # type: ignore[union-attr]
-            inputs_embeds = self.embed_tokens(input_ids)  # type: ignore[arg-type]
+        inputs_embeds = self.embed_inputs(input_ids, inputs_embeds=inputs_embeds)
         config = self.config
         noisy = not deterministic and max(config.hidden_dropout, config.attention_dropout) > 0
         key = self.make_rng("dropout") if noisy else None

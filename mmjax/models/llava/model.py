@@ -147,25 +147,30 @@ class Llava(Model):
         """Images [..., H, W, C] to projected features [..., P, D]."""
         return self.multi_modal_projector(self.vision_features(pixel_values))
 
-    def decode(
+    def embed_inputs(
         self,
         input_ids: Array | None = None,
         attention_mask: Array | None = None,
+        inputs_embeds: Array | None = None,
+        **images: Any,
+    ) -> Array:
+        """What the brain reads, [B, T, D], padding too; arguments as in `__call__`."""
+        return self._embeds_and_seen(input_ids, inputs_embeds, **images)[0]
+
+    def _embeds_and_seen(
+        self,
+        input_ids: Array | None,
+        inputs_embeds: Array | None,
         pixel_values: Array | None = None,
         image_index: Array | None = None,
         image_weights: Array | None = None,
         image_features: Array | None = None,
-        position_ids: Array | None = None,
-        inputs_embeds: Array | None = None,
-        segment_ids: Array | None = None,
-        cache: KVCache | None = None,
-        deterministic: bool = True,
         image_sizes: Any = None,
         batch_num_images: Any = None,
         pixel_values_videos: Array | None = None,
-        **options: Any,
-    ) -> tuple[DecoderOutput, Array | None]:
-        """Everything but the logits, and the projected features; arguments as in `__call__`."""
+        deterministic: bool = True,
+    ) -> tuple[Array, Array | None]:
+        """What the brain reads, and the projected features of images."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("input_ids, inputs_embeds: give one of the two")
         if pixel_values is not None and image_features is not None:
@@ -186,10 +191,33 @@ class Llava(Model):
                 # An image's id may lie outside of the vocabulary.
                 ids: Any = input_ids
                 inputs_embeds = self.embed_tokens(jnp.where(image_index[..., 0] >= 0, 0, ids))
-            inputs_embeds = merge_features(inputs_embeds, table, image_index, image_weights)
-            input_ids = None
+            return merge_features(inputs_embeds, table, image_index, image_weights), seen
+        return self.language_model.embed_inputs(input_ids, inputs_embeds=inputs_embeds), None
+
+    def decode(
+        self,
+        input_ids: Array | None = None,
+        attention_mask: Array | None = None,
+        pixel_values: Array | None = None,
+        image_index: Array | None = None,
+        image_weights: Array | None = None,
+        image_features: Array | None = None,
+        position_ids: Array | None = None,
+        inputs_embeds: Array | None = None,
+        segment_ids: Array | None = None,
+        cache: KVCache | None = None,
+        deterministic: bool = True,
+        image_sizes: Any = None,
+        batch_num_images: Any = None,
+        pixel_values_videos: Array | None = None,
+        **options: Any,
+    ) -> tuple[DecoderOutput, Array | None]:
+        """Everything but the logits, and the projected features; arguments as in `__call__`."""
+        images = (pixel_values, image_index, image_weights, image_features)
+        sizes = (image_sizes, batch_num_images, pixel_values_videos)
+        inputs_embeds, seen = self._embeds_and_seen(input_ids, inputs_embeds, *images, *sizes, deterministic)
         out = self.language_model.decode(
-            input_ids,
+            None,
             attention_mask,
             position_ids,
             inputs_embeds,

@@ -1,0 +1,72 @@
+"""Prompts into a cache: long ones in pieces, so that little of what a program is padded to is computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mmjax.nn.rope import DynamicScaling, LongRopeScaling
+
+Array = jax.Array
+# Products of fewer rows read the weights too often for what they compute.
+PIECE = 128
+
+
+def read_prompt(
+    model: Any, params: Any, cache: Any, inputs: dict[str, Array], length: Array
+) -> tuple[Array, Any]:
+    """Put prompts into a cache.
+
+    Programs are compiled for few lengths, so a prompt may be little more than half of its program's. The
+    first half is read at once and the rest in pieces, of which only those run that hold tokens.
+
+    Args:
+        cache: with room for all of the inputs' columns.
+        inputs: arguments of the model, the prompts padded on the left to `length`, then on the right.
+        length: int32 [].
+
+    Returns:
+        The logits after the prompts' last tokens, float32 [B, V], and the cache, whose cursor is after them.
+    """
+    mask = inputs["attention_mask"]
+    cursor = cache.cursor
+    if not _in_pieces(model, mask.shape[1]):
+        last = jnp.full(mask.shape[:1], length - 1, jnp.int32)
+        out = model.apply({"params": params}, **inputs, cache=cache, logits_to_keep=last)
+        return out.logits[:, 0], out.cache.replace(cursor=cursor + length)
+    embeds = model.apply({"params": params}, **inputs, method="embed_inputs")
+
+    def read(cache: Any, begin: Any, size: int) -> tuple[Array, Any]:
+        """Columns from `begin` on: hidden states [B, D] of the prompts' last tokens, if they are there."""
+        piece = {
+            name: lax.dynamic_slice_in_dim(value, begin, size, axis=1)
+            for name, value in (("inputs_embeds", embeds), ("attention_mask", mask))
+        }
+        hidden, cache = model.apply({"params": params}, **piece, cache=cache, method="hidden")
+        at = jnp.clip(length - 1 - begin, 0, size - 1)
+        return lax.dynamic_index_in_dim(hidden, at, axis=1, keepdims=False), cache
+
+    def read_more(state: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
+        begin, _, cache = state
+        return begin + size, *read(cache, begin, size)
+
+    half = mask.shape[1] // 2
+    size = max(PIECE, half // 4)
+    state = jnp.int32(half), *read(cache, 0, half)
+    _, last, cache = lax.while_loop(lambda state: state[0] < length, read_more, state)
+    logits = model.apply({"params": params}, last, method="logits")
+    return logits, cache.replace(cursor=cursor + length)
+
+
+def _in_pieces(model: Any, columns: int) -> bool:
+    """Whether halves and pieces fit, and every token's result is the same whatever comes after it."""
+    if columns < 4 * PIECE or columns % (2 * PIECE) or not hasattr(model, "embed_inputs"):
+        return False
+    config = getattr(model.config, "text_config", model.config)
+    return not isinstance(config.rope_scaling, (DynamicScaling, LongRopeScaling))
+
+
+__all__ = ["read_prompt"]
