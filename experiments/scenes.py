@@ -72,16 +72,18 @@ def experiment() -> Experiment:
                 steps=100,
             ),
             # Whoever has learned to say what is where learns far sooner to answer questions about it.
-            Stage(name="description", loss=NextToken(), data=dialogues("caption"), rules=seeing, steps=400),
+            Stage(name="description", loss=NextToken(), data=dialogues("caption"), rules=seeing, steps=300),
+            Stage(name="things", loss=NextToken(), data=dialogues("thing", draws=2), rules=seeing, steps=300),
             Stage(name="instruction", loss=NextToken(), rules=seeing),
         ),
-        train=Train(steps=2500, batch_size=16, optimizer="muon", log_every=100, checkpoint_every=500),
+        train=Train(steps=2300, batch_size=16, optimizer="muon", log_every=100, checkpoint_every=500),
         evaluate=evaluate,
         preview=draw_preview,
         smoke=(
             "train.steps=4",
             "stages.alignment.steps=2",
             "stages.description.steps=2",
+            "stages.things.steps=2",
             "before.eyes.train.steps=3",
             "before.brain.train.steps=3",
             "before.brain.data.num_train=200",
@@ -89,6 +91,7 @@ def experiment() -> Experiment:
             "data.num_test=20",
             "stages.alignment.data.num_train=200",
             "stages.description.data.num_train=200",
+            "stages.things.data.num_train=200",
             "prepare.data.num_train=200",
         ),
     )

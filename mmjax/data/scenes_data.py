@@ -10,7 +10,7 @@ from typing import Any, Literal
 from mmjax.data.config import DataConfig, Progress, Split, check_split
 from mmjax.data.faults import BadSample
 from mmjax.data.scenes import PLACES, Dice, Scene, make_scene
-from mmjax.data.scenes_questions import scene_question, scene_questions
+from mmjax.data.scenes_questions import scene_question, scene_questions, thing_question
 from mmjax.data.scenes_text import describe, scene_caption, scene_captions
 from mmjax.data.sources import Record, digest
 from mmjax.data.text import ChatData
@@ -19,7 +19,7 @@ from mmjax.language.learned import train_bpe_tokenizer
 from mmjax.language.tokenizer import Tokenizer
 
 Message = dict[str, Any]
-About = Literal["caption", "questions", "question"]
+About = Literal["caption", "thing", "questions", "question"]
 IMAGE_TOKEN = "<image>"
 _TOLD_QUESTIONS = 4
 USER, ASSISTANT, END = "<|user|>", "<|assistant|>", "<|end|>"
@@ -154,8 +154,8 @@ def scene_conversation(scene: Scene, about: About = "questions", draw: int = 0) 
 
     Args:
         scene: what the picture shows.
-        about: "caption": what is in it; "questions": one of each kind that has an answer; "question": one
-            alone, of a kind that is drawn.
+        about: "caption": what is in it; "thing": what one thing in it is like; "questions": one of each kind
+            that has an answer; "question": one alone, of a kind that is drawn.
         draw: gives other questions about the same scene.
 
     >>> talk = scene_conversation(make_scene(9), "caption")
@@ -168,11 +168,11 @@ def scene_conversation(scene: Scene, about: About = "questions", draw: int = 0) 
         turns = [(ASK_CAPTION, scene_caption(scene))]
     elif about == "questions":
         turns = [(question.text, question.answer) for question in scene_questions(scene, draw)]
-    elif about == "question":
-        alone = scene_question(scene, draw)
+    elif about in ("question", "thing"):
+        alone = (scene_question if about == "question" else thing_question)(scene, draw)
         turns = [(alone.text, alone.answer)]
     else:
-        raise ConfigError(f"about={about!r} has to be 'caption', 'questions' or 'question'")
+        raise ConfigError(f"about={about!r} has to be 'caption', 'thing', 'questions' or 'question'")
     messages = _messages(turns)
     first = messages[0]["content"]
     messages[0] = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": first}]}
@@ -216,7 +216,8 @@ def scene_tokenizer(texts: int = 2_000) -> Tokenizer:
     for number in range(texts):
         scene = make_scene(number)
         said += [f" {scene_caption(scene)}", f" {ASK_CAPTION}"]
-        said += [f" {question.text} {question.answer}" for question in scene_questions(scene)]
+        asked = (*scene_questions(scene), thing_question(scene))
+        said += [f" {question.text} {question.answer}" for question in asked]
     return train_bpe_tokenizer(
         said,
         1024,

@@ -25,8 +25,9 @@ class SceneDialogueData(InstructionData):
     """Pictures of scenes with what is in them, or with questions and answers, as `InstructionData`.
 
     Args:
-        about: "caption": what is in the picture; "questions": one question of each kind that has an answer;
-            "question": one alone; "both": captions, and questions alone.
+        about: "caption": what is in the picture; "thing": what one thing in it is like; "questions": one
+            question of each kind that has an answer; "question": one alone; "both": captions, and questions
+            alone.
         draws: conversations with questions about each training scene, each with others.
         num_train, num_test, image_size, content_seed: as in `ScenesData`.
     """
@@ -45,9 +46,9 @@ class SceneDialogueData(InstructionData):
         check_scene_counts(self)
         if self.draws < 1:
             raise ConfigError(f"SceneDialogueData.draws={self.draws} has to be at least 1")
-        if self.about not in ("caption", "questions", "question", "both"):
+        if self.about not in ("caption", "thing", "questions", "question", "both"):
             raise ConfigError(
-                f"SceneDialogueData.about={self.about!r} is none of caption, questions, question, both"
+                f"SceneDialogueData.about={self.about!r} is none of caption, thing, questions, question, both"
             )
         if self.path or self.test_path or self.images:
             raise ConfigError("SceneDialogueData reads no files: leave path, test_path and images out")
@@ -60,7 +61,7 @@ class SceneDialogueData(InstructionData):
         if self.about in ("caption", "both"):
             forms.append(("caption", 0))
         if self.about != "caption":
-            asked: About = "questions" if self.about == "questions" else "question"
+            asked: About = "question" if self.about == "both" else self.about
             forms += [(asked, draw) for draw in range(self.draws if split == "train" else 1)]
         for number in range(self.num_train if split == "train" else self.num_test):
             scene = make_scene(number, split, seed=self.content_seed)

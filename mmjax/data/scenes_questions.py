@@ -16,12 +16,12 @@ _ASK_COUNT = (0.5, 0.5, 0.8, 1.0)
 # Weights of the kinds that have an answer, where a question is asked alone: more for what is learned later.
 _SHARES = {
     "color": 2,
-    "shape": 2,
+    "shape": 1,
     "size": 1,
-    "place": 3,
-    "count": 4,
-    "relation": 9,
-    "word": 2,
+    "place": 4,
+    "count": 5,
+    "relation": 7,
+    "word": 3,
     "digit": 2,
     "presence": 4,
 }
@@ -36,6 +36,7 @@ _PHRASES = {
     "word": ("what is the word?", "what says the word?"),
     "digit": ("what is the digit?", "which is the digit?"),
     "presence": ("is there {}?", "can you see {}?"),
+    "thing": ("describe {}", "what about {}?"),
 }
 
 
@@ -93,6 +94,32 @@ def scene_question(scene: Scene, draw: int = 0) -> Question:
     kinds = dice.shuffled([kind for kind in KINDS for _ in range(_SHARES[kind])])
     # Whether something is there can be asked about any scene.
     return next(question for kind in kinds if (question := _MAKERS[kind](scene, dice)) is not None)
+
+
+def thing_question(scene: Scene, draw: int = 0) -> Question:
+    """What a thing is like in all that is known of it; it is asked for by its name or by its colour.
+
+    Every word of the answer has to be looked up at the same thing, so that to find things by what they are is
+    learned from many words at once.
+
+    Args:
+        scene: what it is about.
+        draw: gives another question about the same scene.
+
+    >>> from mmjax.data.scenes import make_scene
+    >>> question = thing_question(make_scene(9))
+    >>> question.text, question.answer
+    ('describe the circle', 'a large purple circle at the top')
+    """
+    dice = Dice(scene.seed, "thing", scene.split, scene.number, draw)
+    colors = [thing.color for thing in scene.things]
+    alone = [(thing, thing.color) for thing in scene.things if colors.count(thing.color) == 1]
+    named = _named(scene.things, scene, dice)
+    by_color = alone and (named is None or dice.chance(0.4))
+    if not by_color and named is None:
+        return scene_question(scene, draw)
+    thing, words = dice.pick(alone) if by_color else named
+    return _question("thing", dice, words, describe(thing), thing)
 
 
 def presence_probes(scene: Scene) -> tuple[Question, Question]:

@@ -3,13 +3,14 @@
 Logits are made one tile at a time, some positions by some of the vocabulary, and made again in the backward
 pass. Per position only two numbers stay: the label's logit, and the log-sum-exp of all other logits. The loss
 is the softplus of their difference and its gradient a sigmoid of it, so nothing cancels where the model is
-nearly certain.
+nearly certain. Positions whose label is ignored, such as those of an image, are put last and cost nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -28,6 +29,8 @@ IGNORED = -100
 # A tile of float32 logits then takes at most 64 MiB.
 TOKENS_PER_BLOCK = 2048
 VOCABULARY_PER_BLOCK = 8192
+# Few tokens make some tiles too, so that ignored ones can be left out.
+TILES, FEWEST_TOKENS = 4, 128
 
 
 def next_token(
@@ -163,32 +166,51 @@ def _blocks(
         raise ConfigError(f"softcap: expected a number above 0, got {softcap}")
     rows = Rows.over(mesh, axis, hidden.shape[0], "hidden")
     if sequence_block is None:
-        sequence_block = max(1, TOKENS_PER_BLOCK // max(1, hidden.shape[0] // rows.devices))
+        tokens = hidden.shape[0] // rows.devices * hidden.shape[1]
+        number = max(-(-tokens // TOKENS_PER_BLOCK), min(TILES, tokens // FEWEST_TOKENS), 1)
+    else:
+        number = max(1, -(-hidden.shape[1] // sequence_block))
     entries = min(kernel.shape[1], vocabulary_block or VOCABULARY_PER_BLOCK)
     # Blocks of one size with as little padding as their number allows.
-    number = max(1, -(-hidden.shape[1] // sequence_block))
     positions = max(1, -(-hidden.shape[1] // number))
     return _Blocks(positions, entries, softcap, rows)
 
 
 class _Tiles:
-    """The tiles of one device's rows: index arithmetic, and the logits of one tile."""
+    """The tiles of one device's rows: index arithmetic, and the logits of one tile.
+
+    Each row's positions are in an order of their own here, those whose label is ignored last.
+    """
 
     def __init__(
         self, blocks: _Blocks, hidden: Array, kernel: Array, bias: Array | None, targets: Array
     ) -> None:
         self.blocks, self.kernel, self.bias = blocks, kernel, bias
-        padding = -hidden.shape[1] % blocks.positions
-        self.hidden = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))) if padding else hidden
-        self.targets = self.pad(targets, IGNORED)
+        self.length = hidden.shape[1]
+        self.order = jnp.argsort(targets == IGNORED, axis=1, stable=True)
+        self.hidden, self.targets = self.lay_out(hidden), self.lay_out(targets, IGNORED)
         self.sums = accumulator(hidden.dtype)
         self.vocabulary = kernel.shape[1]
-        self.rows = jnp.arange(self.hidden.shape[1] // blocks.positions) * blocks.positions
         self.columns = jnp.arange(-(-self.vocabulary // blocks.entries)) * blocks.entries
+        learned = (targets != IGNORED).sum(axis=1).max(initial=0)
+        self.needed = (learned + blocks.positions - 1) // blocks.positions
 
-    def pad(self, x: Array, value: Any) -> Array:
-        """[B, T] to whole blocks."""
-        return jnp.pad(x, ((0, 0), (0, -x.shape[1] % self.blocks.positions)), constant_values=value)
+    def lay_out(self, x: Array, value: Any = 0) -> Array:
+        """x [B, T, ...] in this order and in whole blocks."""
+        x = jnp.take_along_axis(x, self.order.reshape(*self.order.shape, *[1] * (x.ndim - 2)), axis=1)
+        padding = [(0, 0)] * x.ndim
+        padding[1] = (0, -self.length % self.blocks.positions)
+        return jnp.pad(x, padding, constant_values=value)
+
+    def bring_back(self, x: Array) -> Array:
+        """What `lay_out` was given."""
+        places = jnp.argsort(self.order, axis=1)
+        return jnp.take_along_axis(x, places.reshape(*places.shape, *[1] * (x.ndim - 2)), axis=1)
+
+    def each_block(self, step: Callable[[Any, Array], Any], state: Any) -> Any:
+        """state = step(state, position of the block's first) for all blocks in which something is learned."""
+        size = self.blocks.positions
+        return lax.fori_loop(0, self.needed, lambda number, state: step(state, number * size), state)
 
     def take(self, x: Array, row: Array) -> Array:
         """A block of positions of x [B, T, ...]."""
@@ -222,7 +244,7 @@ def _statistics(tiles: _Tiles) -> tuple[Array, Array]:
     def by_column(state: Any, column: Array) -> tuple[Any, None]:
         kernel, bias, ids, own = tiles.output(column)
 
-        def by_row(state: Any, row: Array) -> tuple[Any, None]:
+        def by_row(state: Any, row: Array) -> Any:
             highest, total, picked = (tiles.take(x, row) for x in state)
             logits = tiles.logits(tiles.take(tiles.hidden, row), kernel, bias)
             label = (ids == tiles.take(tiles.targets, row)[..., None]) & own
@@ -233,20 +255,21 @@ def _statistics(tiles: _Tiles) -> tuple[Array, Array]:
             total = total * jnp.exp(highest - finite) + jnp.exp(others - finite[..., None]).sum(axis=-1)
             picked = picked + jnp.where(label, logits, 0).sum(axis=-1)
             parts = zip(state, (new, total, picked), strict=True)
-            return tuple(lax.dynamic_update_slice_in_dim(x, part, row, axis=1) for x, part in parts), None
+            return tuple(lax.dynamic_update_slice_in_dim(x, part, row, axis=1) for x, part in parts)
 
-        return lax.scan(by_row, state, tiles.rows)[0], None
+        return tiles.each_block(by_row, state), None
 
     zeros = jnp.zeros(tiles.targets.shape, tiles.sums)
     start = (jnp.full_like(zeros, -jnp.inf), zeros, zeros)
     (highest, total, picked), _ = lax.scan(by_column, start, tiles.columns)
-    return highest + jnp.log(total), picked
+    return tiles.bring_back(highest + jnp.log(total)), tiles.bring_back(picked)
 
 
 def _gradients(
     tiles: _Tiles, rest: Array, picked: Array, cotangent: Array, axis: Any
 ) -> tuple[Array, Array, Array | None]:
     """Gradients of hidden, kernel and bias for a cotangent [B, T]."""
+    rest, picked, cotangent = (tiles.lay_out(x) for x in (rest, picked, cotangent))
     every = jnp.logaddexp(rest, picked)
     missing = jax.nn.sigmoid(rest - picked)
     cap = tiles.blocks.softcap
@@ -256,7 +279,7 @@ def _gradients(
         kernel, bias, ids, own = tiles.output(column)
         bias_block: Any = None
 
-        def by_row(state: Any, row: Array) -> tuple[Any, None]:
+        def by_row(state: Any, row: Array) -> Any:
             to_hidden, block, bias_block = state
             x, targets, lse, short, g = (
                 tiles.take(a, row) for a in (tiles.hidden, tiles.targets, every, missing, cotangent)
@@ -274,11 +297,11 @@ def _gradients(
             block = block + _summed_outer(x, narrow, tiles.sums)
             bias_block = None if bias is None else bias_block + slope.sum(axis=(0, 1))
             to_hidden = lax.dynamic_update_slice_in_dim(to_hidden, part, row, axis=1)
-            return (to_hidden, block, bias_block), None
+            return to_hidden, block, bias_block
 
         empty = jnp.zeros(kernel.shape, tiles.sums)
         start = (to_hidden, empty, None if bias is None else empty[0])
-        (to_hidden, block, bias_block), _ = lax.scan(by_row, start, tiles.rows)
+        to_hidden, block, bias_block = tiles.each_block(by_row, start)
         if axis is not None:
             block, bias_block = lax.psum((block, bias_block), axis)
         # Columns that two blocks share are written twice, with the same values.
@@ -292,7 +315,8 @@ def _gradients(
         jnp.zeros_like(tiles.kernel),
         None if tiles.bias is None else jnp.zeros_like(tiles.bias),
     )
-    return lax.scan(by_column, start, tiles.columns)[0]
+    to_hidden, to_kernel, to_bias = lax.scan(by_column, start, tiles.columns)[0]
+    return tiles.bring_back(to_hidden), to_kernel, to_bias
 
 
 def _summed_outer(x: Array, y: Array, sums: Any) -> Array:
@@ -315,8 +339,7 @@ def _token_losses(blocks: _Blocks, hidden: Array, kernel: Array, bias: Array | N
 def _forward(blocks: _Blocks, hidden: Array, kernel: Array, bias: Array | None, targets: Array) -> Any:
     def local(rows: Any, whole: Any, axis: Any) -> Any:
         (hidden, targets), (kernel, bias) = rows, whole
-        rest, picked = _statistics(_Tiles(blocks, hidden, kernel, bias, targets))
-        return rest[:, : hidden.shape[1]], picked[:, : hidden.shape[1]]
+        return _statistics(_Tiles(blocks, hidden, kernel, bias, targets))
 
     rest, picked = blocks.rows.run(local, (hidden, targets), (kernel, bias), (True, True))
     outside = (targets != IGNORED) & ((targets < 0) | (targets >= kernel.shape[1]))
@@ -330,9 +353,8 @@ def _backward(blocks: _Blocks, saved: Any, cotangent: Array) -> Any:
     def local(rows: Any, whole: Any, axis: Any) -> Any:
         (hidden, targets, *numbers), (kernel, bias) = rows, whole
         tiles = _Tiles(blocks, hidden, kernel, bias, targets)
-        rest, picked, g = (tiles.pad(x, 0) for x in numbers)
-        to_hidden, to_kernel, to_bias = _gradients(tiles, rest, picked, g, axis)
-        return to_hidden[:, : hidden.shape[1]].astype(hidden.dtype), to_kernel, to_bias
+        to_hidden, to_kernel, to_bias = _gradients(tiles, *numbers, axis)
+        return to_hidden.astype(hidden.dtype), to_kernel, to_bias
 
     rows = (hidden, targets, rest, picked, cotangent)
     out = (True, False, None if bias is None else False)

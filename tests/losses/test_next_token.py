@@ -109,6 +109,24 @@ def test_nothing_to_learn_from_is_zero(weighted):
     assert all((np.asarray(g) == 0).all() for g in grads)
 
 
+def test_ignored_positions_are_not_computed():
+    """NaN in their hidden states is not met, as it would be in a product that they take part in."""
+    rng = np.random.default_rng(0)
+    given = inputs()
+    hidden = rng.standard_normal((2, 512, D)).astype(np.float32)
+    labels = np.full((2, 512), -100, np.int32)
+    for row in range(2):
+        labels[row, 1 + rng.choice(511, 128, replace=False)] = rng.integers(0, V, 128)
+    learned = np.roll(labels != -100, -1, axis=1)
+    clean = np.where(learned[..., None], hidden, 0)
+    run = jax.jit(jax.value_and_grad(next_token, (0, 1)))
+    value, grads = run(np.where(learned[..., None], hidden, np.nan), given["kernel"], labels)
+    expected, expected_grads = both(PLAIN, {**given, "hidden": clean, "labels": labels})[2:]
+    assert abs(float(value) - expected) <= 1e-6
+    for found, name in zip(grads, PLAIN, strict=True):
+        assert np.abs(np.asarray(found) - expected_grads[name]).max() <= 2e-6, name
+
+
 def test_the_first_label_and_the_last_hidden_state_play_no_part():
     given = inputs()
     value, grads = jax.value_and_grad(next_token)(given["hidden"], given["kernel"], given["labels"])
