@@ -73,7 +73,7 @@ def experiment() -> Experiment:
             ),
             # Whoever has learned to say what is where learns far sooner to answer questions about it.
             Stage(name="description", loss=NextToken(), data=dialogues("caption"), rules=seeing, steps=300),
-            Stage(name="things", loss=NextToken(), data=dialogues("thing", draws=2), rules=seeing, steps=300),
+            Stage(name="things", loss=NextToken(), data=dialogues("thing", draws=2), rules=seeing, steps=400),
             Stage(name="instruction", loss=NextToken(), rules=seeing),
         ),
         train=Train(steps=2300, batch_size=16, optimizer="muon", log_every=100, checkpoint_every=500),
@@ -142,6 +142,9 @@ def eyes() -> Experiment:
 def brain() -> Experiment:
     """A decoder that learns to answer from scenes told in words."""
     config = DecoderConfig(
+        model_type="qwen3",
+        # Queries and keys of one length: attention gets sharp soon, as it has to be to say where a thing is.
+        qk_norm=True,
         vocab_size=VOCABULARY,
         hidden_size=128,
         intermediate_size=384,

@@ -210,7 +210,13 @@ class _Tiles:
     def each_block(self, step: Callable[[Any, Array], Any], state: Any) -> Any:
         """state = step(state, position of the block's first) for all blocks in which something is learned."""
         size = self.blocks.positions
-        return lax.fori_loop(0, self.needed, lambda number, state: step(state, number * size), state)
+
+        def next_block(state: Any, number: Array) -> tuple[Any, None]:
+            # A loop of a known length, so that `mmjax plan` can count the most that it may cost.
+            skip = number >= self.needed
+            return lax.cond(skip, lambda state, row: state, step, state, number * size), None
+
+        return lax.scan(next_block, state, jnp.arange(self.hidden.shape[1] // size))[0]
 
     def take(self, x: Array, row: Array) -> Array:
         """A block of positions of x [B, T, ...]."""
