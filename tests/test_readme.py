@@ -1,4 +1,4 @@
-"""The README's Python example runs as it stands, in a folder as the quickstart leaves it."""
+"""The README's Python example runs as it stands, in a folder as the digits experiment leaves it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mmjax.vision import ImageProcessor
 README = Path(__file__).parent.parent / "README.md"
 
 
-def quickstart_folder(root: Path) -> None:
+def digits_folder(root: Path) -> None:
     tokenizer = train_clip_tokenizer(["a seven", "a two"], vocab_size=520, max_length=8)
     config = CLIPConfig(
         vision_config=CLIPVisionConfig(
@@ -43,8 +43,8 @@ def quickstart_folder(root: Path) -> None:
     params = model.init(jax.random.key(0), **model.example_batch())["params"]
     images = ImageProcessor(size={"height": 8, "width": 8}, do_center_crop=False)
     processor = Processor(image_processor=images, tokenizer=tokenizer)
-    mmjax.save(root / "models" / "quickstart", model, params, processor)
-    output = root / "output" / "quickstart"
+    mmjax.save(root / "models" / "digits", model, params, processor)
+    output = root / "output" / "digits"
     output.mkdir(parents=True)
     for name in ("seven", "two"):
         Image.fromarray(np.full((8, 8), len(name) * 30, np.uint8)).save(output / f"{name}.png")
@@ -52,11 +52,11 @@ def quickstart_folder(root: Path) -> None:
 
 def test_the_python_example_runs(tmp_path, monkeypatch, capsys):
     (example,) = re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL)
-    quickstart_folder(tmp_path)
+    digits_folder(tmp_path)
     monkeypatch.chdir(tmp_path)
     exec(compile(example, str(README), "exec"), {})
     assert "[[" in capsys.readouterr().out
-    _, before, _ = mmjax.load("models/quickstart")
+    _, before, _ = mmjax.load("models/digits")
     _, after, _ = mmjax.load("models/mine")
     same = jax.tree.map(lambda a, b: bool((a == b).all()), before, after)
     assert not same["visual_projection"]["kernel"]

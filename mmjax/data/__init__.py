@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         presence_probes,
         scene_question,
         scene_questions,
+        thing_question,
     )
     from mmjax.data.scenes_text import scene_caption, scene_captions
     from mmjax.data.synthetic import SyntheticData
@@ -62,7 +63,14 @@ _HOMES = {
         "told_conversation",
     ),
     "scenes_dialogues": ("SceneDialogueData",),
-    "scenes_questions": ("Question", "blind_guesses", "presence_probes", "scene_question", "scene_questions"),
+    "scenes_questions": (
+        "Question",
+        "blind_guesses",
+        "presence_probes",
+        "scene_question",
+        "scene_questions",
+        "thing_question",
+    ),
     "scenes_text": ("scene_caption", "scene_captions"),
     "synthetic": ("SyntheticData",),
     "text": ("ChatData", "TextData"),
@@ -111,6 +119,7 @@ __all__ = [
     "scene_question",
     "scene_questions",
     "scene_tokenizer",
+    "thing_question",
     "told_conversation",
     "write_features",
 ]

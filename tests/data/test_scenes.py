@@ -21,6 +21,7 @@ from mmjax.data import (
     scene_question,
     scene_questions,
     scene_tokenizer,
+    thing_question,
     told_conversation,
 )
 from mmjax.data.instruction_rows import Instruction
@@ -29,6 +30,7 @@ from mmjax.data.scenes import COLOR_NAMES, NAMES, PLACES, is_held_out
 from mmjax.data.scenes_data import ASK_CAPTION
 from mmjax.data.scenes_draw import COLORS, SHAPES, WORDS
 from mmjax.data.scenes_questions import KINDS
+from mmjax.data.scenes_text import describe
 from mmjax.errors import ConfigError
 from tests.data.fakes import fake_processor
 from tests.data.seeing import Seeing
@@ -267,7 +269,11 @@ def test_the_vocabulary_has_one_id_for_every_word_and_none_is_learned_from_the_u
         texts = [scene_caption(scene), *(question.text for question in scene_questions(scene))]
         vocabulary |= {word for text in texts for word in re.findall(r"\w+", text)}
     assert len(vocabulary) > 80
-    assert all(len(tokenizer([f" {word}"])["input_ids"][0]) == 1 for word in vocabulary)
+    places = {thing.place for scene in TRAIN for thing in scene.things}
+    assert {"top", "top left"} < places
+    assert all(len(tokenizer([f" {text}"])["input_ids"][0]) == 1 for text in vocabulary | places)
+    said = tokenizer("a red star at the top left")["input_ids"][0]
+    assert tokenizer.decode(said) == "a red star at the top left"
     typed = [{"role": "user", "content": "what is an <image>?"}]
     assert tokenizer.token_to_id("<image>") not in tokenizer.apply_chat_template(typed)["input_ids"][0]
 
@@ -327,7 +333,7 @@ def test_bad_settings_are_refused(make, message):
         make()
 
 
-@pytest.mark.parametrize("about", ["caption", "questions"])
+@pytest.mark.parametrize("about", ["caption", "thing", "questions"])
 def test_dialogues_bring_pictures_and_answers_to_learn(about):
     tokenizer = scene_tokenizer(300)
     data = SceneDialogueData(about=about, num_train=12, num_test=3, sequence_length=200)
@@ -361,6 +367,23 @@ def test_questions_asked_alone_are_of_all_kinds_and_the_slow_ones_more_often():
     rows = [json.loads(e.data) for e in SceneDialogueData(about="question", draws=3, num_train=2).entries()]
     expected = [scene_conversation(scene, "question", draw) for scene in TRAIN[:2] for draw in range(3)]
     assert [row["messages"] for row in rows] == expected and {len(talk) for talk in expected} == {2}
+
+
+def test_things_are_described_whole_and_cannot_be_mistaken():
+    forms = set()
+    for scene in [*TRAIN[:300], *TEST[:100]]:
+        question = thing_question(scene, 1)
+        if question.kind != "thing":
+            continue
+        words = set(re.findall(r"\w+", question.text)) - {"describe", "what", "about", "the"}
+        meant = [
+            thing
+            for thing in scene.things
+            if words <= {thing.color, thing.sort if thing.sort != "shape" else thing.name}
+        ]
+        assert len(meant) == 1 and question.answer == describe(meant[0]) and question.boxes == (meant[0].box,)
+        forms.add((len(words), bool(words & set(COLOR_NAMES))))
+    assert forms == {(1, False), (1, True), (2, True)}
 
 
 def test_what_is_said_twice_is_laid_out_once():

@@ -144,17 +144,17 @@ def test_one_seed_is_all_seeds_and_fields_of_earlier_ones_are_set_by_name() -> N
     assert first.mesh == last.mesh
 
 
-def test_the_scenes_experiment_fits_together() -> None:
-    file = Path(__file__).parents[2] / "experiments" / "scenes.py"
+def test_the_quickstart_fits_together() -> None:
+    file = Path(__file__).parents[2] / "experiments" / "quickstart.py"
     eyes, brain, whole = in_order(load_experiment(str(file), ["train.seed=2"], smoke=True), Path("w"))
     assert [each.name for each in (eyes, brain, whole)] == [
-        "scenes-smoke-eyes",
-        "scenes-smoke-brain",
-        "scenes-smoke",
+        "quickstart-smoke-eyes",
+        "quickstart-smoke-brain",
+        "quickstart-smoke",
     ]
     assert {each.train.seed for each in (eyes, brain, whole)} == {2}
     model, prepare = whole.model, whole.prepare
-    assert (model.eyes, model.brain) == ("w/models/scenes-smoke-eyes", "w/models/scenes-smoke-brain")  # type: ignore
+    assert (model.eyes, model.brain) == ("w/models/quickstart-smoke-eyes", "w/models/quickstart-smoke-brain")  # type: ignore
     assert prepare.folder == whole.data.features == whole.stages[0].data.features  # type: ignore[union-attr]
     assert hash(whole) == hash(dataclasses.replace(whole))
 

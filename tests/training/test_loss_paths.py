@@ -50,11 +50,11 @@ class WithBias:
 
 @pytest.mark.parametrize("sigmoid", [False, True], ids=["infonce", "sigmoid"])
 def test_every_path_trains_alike(sigmoid: bool) -> None:
-    quickstart = runpy.run_path("experiments/quickstart.py")["experiment"]()
-    source = dataclasses.replace(quickstart.model, execution=Execution(scan_layers=True))
+    digits_run = runpy.run_path("experiments/digits.py")["experiment"]()
+    source = dataclasses.replace(digits_run.model, execution=Execution(scan_layers=True))
     key, mesh = jax.random.key(0), make_mesh({"data": 4, "fsdp": 2})
-    opened = source.open(quickstart.data, key, make_mesh({"data": 1}, jax.devices()[:1]))
-    digits = iter(quickstart.data.build(processor=opened.processor, batch_size=BATCH, seed=0, split="train"))
+    opened = source.open(digits_run.data, key, make_mesh({"data": 1}, jax.devices()[:1]))
+    digits = iter(digits_run.data.build(processor=opened.processor, batch_size=BATCH, seed=0, split="train"))
     names = ("input_ids", "attention_mask", "pixel_values")
     batches = [{name: batch[name] for name in names} for batch in (next(digits) for _ in range(STEPS))]
     digits.close()

@@ -27,7 +27,7 @@ from mmjax.training.stage_run import StageRun
 from tests.training import toy
 
 ROOT = Path(__file__).parents[2]
-QUICKSTART = ROOT / "experiments" / "quickstart.py"
+DIGITS = ROOT / "experiments" / "digits.py"
 SMALL = [
     "train.batch_size=32",
     "train.ema_decay=0.9",
@@ -304,7 +304,7 @@ def test_the_memory_figure_is_that_of_xla_and_of_the_arrays(two_stages: Path, me
 
 def test_so_it_is_for_two_towers_on_eight_devices() -> None:
     pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
-    compare_with_arrays(QUICKSTART, SMALL, {"data": 2, "fsdp": 2, "tensor": 2})
+    compare_with_arrays(DIGITS, SMALL, {"data": 2, "fsdp": 2, "tensor": 2})
 
 
 def test_the_command_plans_for_4096_devices_and_16_million_pairs(
@@ -313,7 +313,7 @@ def test_the_command_plans_for_4096_devices_and_16_million_pairs(
     monkeypatch.chdir(tmp_path)
     flags = [f"--{override}" for override in SMALL[1:]]
     wanted = ["--mesh", "data=4096", "--chip", "v5p", "--train.batch_size=16777216", *flags]
-    assert main(["plan", str(QUICKSTART), *wanted, "--json"]) == 0
+    assert main(["plan", str(DIGITS), *wanted, "--json"]) == 0
     (plan,) = json.loads(capsys.readouterr().out)["stages"]
     assert (plan["devices"], plan["batch_size"]) == (4096, 2**24)
     # Every pair is compared in float32: once forward; once more backward, with a product for either side.
@@ -353,6 +353,6 @@ def test_a_loss_that_does_not_tell_its_batch_is_one_line(capsys: pytest.CaptureF
 def test_what_cannot_be_planned_is_one_line(
     arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["plan", str(QUICKSTART), *arguments]) == 2
+    assert main(["plan", str(DIGITS), *arguments]) == 2
     error = capsys.readouterr().err
     assert words in error and error.startswith("error: ") and error.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The quickstart from the command line to its picture and its hub folder, in its small version."""
+"""The digits experiment from the command line to its picture and its hub folder, in its small version."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmjax.nn import Execution
 from mmjax.training import FROZEN, Constant, Contrastive, FromFolder, Stage, flatten, train
 from mmjax.training.cli import load_experiment, main
 
-FILE = Path(__file__).parents[2] / "experiments" / "quickstart.py"
+FILE = Path(__file__).parents[2] / "experiments" / "digits.py"
 
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
@@ -23,21 +23,21 @@ pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    workdir = tmp_path_factory.mktemp("quickstart")
+    workdir = tmp_path_factory.mktemp("digits")
     small = [f"--model.config.{tower}_config.num_hidden_layers=1" for tower in ("vision", "text")]
     argv = [str(FILE), "--smoke", "--workdir", str(workdir), "--train.steps=3", *small]
     assert main(argv) == 0
     return workdir
 
 
-def test_the_quickstart_leaves_a_result_a_picture_and_a_hub_folder(finished: Path) -> None:
-    result = json.loads((finished / "output/quickstart-smoke/result.json").read_text())
+def test_it_leaves_a_result_a_picture_and_a_hub_folder(finished: Path) -> None:
+    result = json.loads((finished / "output/digits-smoke/result.json").read_text())
     assert 0 <= result["metrics"]["zero_shot_accuracy"] <= 1
     assert np.sum(result["metrics"]["confusion"]) == result["metrics"]["test_images"] > 300
-    with Image.open(finished / "output/quickstart-smoke/preview.png") as picture:
+    with Image.open(finished / "output/digits-smoke/preview.png") as picture:
         assert picture.width > 1000
         assert len(set(picture.convert("L").resize((64, 64)).tobytes())) > 20
-    model, params, processor = mmjax.load(finished / "models/quickstart-smoke")
+    model, params, processor = mmjax.load(finished / "models/digits-smoke")
     images = [Image.new("RGB", (8, 8), shade) for shade in ("black", "white")]
     batch = processor(images=images, text=["a handwritten seven", "the digit two"], padding=True)
     assert model.apply({"params": params}, **batch).logits_per_image.shape == (2, 2)
@@ -58,7 +58,7 @@ def test_a_tokenizer_that_does_not_fit_the_config_is_refused(
 
 
 def test_training_goes_on_from_a_hub_folder_with_a_locked_image_tower(finished: Path, tmp_path: Path) -> None:
-    folder = finished / "models/quickstart-smoke"
+    folder = finished / "models/digits-smoke"
     base = load_experiment(str(FILE), ["train.steps=2", "train.batch_size=16", "mesh=data=4,tensor=2"])
     stage = Stage(
         name="text",
