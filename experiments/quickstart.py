@@ -61,7 +61,7 @@ def experiment() -> Experiment:
             pad=False,
             execution=Execution(dtype="bfloat16"),
         ),
-        data=dialogues("question", draws=6),
+        data=dialogues("all", draws=9),
         prepare=KeepFeatures(folder=FEATURES, data=dialogues("caption"), batch_size=256),
         stages=(
             Stage(
@@ -219,6 +219,8 @@ def evaluate(outcome: Outcome) -> Mapping[str, Any]:
     guess = blind_guesses(training)
     options = {kind: len({q.answer for q in training if q.kind == kind}) for kind in set(kinds)}
     probes, said = answered(outcome, presence_probes)
+    opened, described = answered(outcome, open_questions, new=48)
+    whole = [answer == question.answer for (_, question), answer in zip(opened, described, strict=True)]
     right = np.array([answer == question.answer for (_, question), answer in zip(probes, said, strict=True)])
     by_kind = accuracy_by_kind(kinds, answers, truths)
     blind = accuracy_by_kind(kinds, map(guess, asked), truths)
@@ -230,15 +232,16 @@ def evaluate(outcome: Outcome) -> Mapping[str, Any]:
         "probes": float(right.mean()),
         "said_yes_to_absent": float(np.mean([answer == "yes" for answer in said[1::2]])),
         "accuracy_on_unseen_pairs": float(np.mean(unseen)),
+        "captions_right": float(np.mean(whole[::2])),
         "questions": len(asked),
         "accuracy_by_kind": by_kind,
         "blind_by_kind": blind,
-        "dialogue": dialogue(pairs, answers),
+        "dialogue": dialogue(opened + pairs, described + answers),
     }
 
 
-def answered(outcome: Outcome, ask: Any) -> tuple[list[tuple[Any, Question]], list[str]]:
-    """Test scenes with their questions, and what the model says."""
+def answered(outcome: Outcome, ask: Any, new: int = 4) -> tuple[list[tuple[Any, Question]], list[str]]:
+    """Test scenes with their questions, and what the model says in at most `new` tokens."""
     from mmjax.data import make_scene
     from mmjax.evaluation import answer_questions
 
@@ -247,15 +250,25 @@ def answered(outcome: Outcome, ask: Any) -> tuple[list[tuple[Any, Question]], li
     pairs = [(scene, question) for scene in scenes for question in ask(scene)]
     images, texts = [scene.draw() for scene, _ in pairs], [question.text for _, question in pairs]
     parts = (outcome.model, outcome.params, outcome.processor)
-    return pairs, answer_questions(*parts, images, texts, max_new_tokens=4)
+    return pairs, answer_questions(*parts, images, texts, max_new_tokens=new)
+
+
+def open_questions(scene: Any) -> tuple[Question, Question]:
+    """What is in the picture, and what one thing in it is like."""
+    from mmjax.data import scene_caption, thing_question
+    from mmjax.data.scenes_data import ASK_CAPTION
+
+    boxes = tuple(thing.box for thing in scene.things)
+    whole = Question(
+        kind="caption", text=ASK_CAPTION, answer=scene_caption(scene), boxes=boxes, held_out=True
+    )
+    return whole, thing_question(scene)
 
 
 def dialogue(pairs: list[tuple[Any, Question]], answers: list[str]) -> str:
     """What was asked about the first test scene and answered, as lines."""
-    from mmjax.data import scene_caption
-
     first = pairs[0][0]
-    lines = [f"in the picture: {scene_caption(first)}"]
+    lines = []
     for (scene, question), answer in zip(pairs, answers, strict=True):
         if scene is first:
             wrong = "" if answer == question.answer else f"   (right: {question.answer})"

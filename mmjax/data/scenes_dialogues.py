@@ -26,14 +26,14 @@ class SceneDialogueData(InstructionData):
 
     Args:
         about: "caption": what is in the picture; "thing": what one thing in it is like; "questions": one
-            question of each kind that has an answer; "question": one alone; "both": captions, and questions
-            alone.
+            question of each kind that has an answer; "question": one alone; "all": the picture, a thing in
+            it, and questions alone.
         draws: conversations with questions about each training scene, each with others.
         num_train, num_test, image_size, content_seed: as in `ScenesData`.
     """
 
     path: str = ""
-    about: About | Literal["both"] = "questions"
+    about: About | Literal["all"] = "questions"
     draws: int = 1
     num_train: int = 20_000
     num_test: int = 500
@@ -46,9 +46,9 @@ class SceneDialogueData(InstructionData):
         check_scene_counts(self)
         if self.draws < 1:
             raise ConfigError(f"SceneDialogueData.draws={self.draws} has to be at least 1")
-        if self.about not in ("caption", "thing", "questions", "question", "both"):
+        if self.about not in ("caption", "thing", "questions", "question", "all"):
             raise ConfigError(
-                f"SceneDialogueData.about={self.about!r} is none of caption, thing, questions, question, both"
+                f"SceneDialogueData.about={self.about!r} is none of caption, thing, questions, question, all"
             )
         if self.path or self.test_path or self.images:
             raise ConfigError("SceneDialogueData reads no files: leave path, test_path and images out")
@@ -57,12 +57,12 @@ class SceneDialogueData(InstructionData):
     def entries(self, split: Split = "train") -> Iterator[Entry | tuple[str, BadSample]]:
         """The conversations of a split; the name of an image is what its scene is made from."""
         check_split(split)
-        forms: list[tuple[About, int]] = []
-        if self.about in ("caption", "both"):
-            forms.append(("caption", 0))
-        if self.about != "caption":
-            asked: About = "question" if self.about == "both" else self.about
-            forms += [(asked, draw) for draw in range(self.draws if split == "train" else 1)]
+        asked: About = "question" if self.about == "all" else self.about
+        # There is one thing to say about a picture as a whole.
+        draws = self.draws if split == "train" and asked != "caption" else 1
+        forms: list[tuple[About, int]] = [(asked, draw) for draw in range(draws)]
+        if self.about == "all":
+            forms += [("caption", 0), ("thing", 0)]
         for number in range(self.num_train if split == "train" else self.num_test):
             scene = make_scene(number, split, seed=self.content_seed)
             for about, draw in forms:

@@ -37,7 +37,7 @@ from tests.data.seeing import Seeing
 
 TRAIN = [make_scene(number) for number in range(1500)]
 TEST = [make_scene(number, "test") for number in range(600)]
-FORMS = [("caption", 0), ("question", 0), ("question", 1)]
+FORMS = [("question", 0), ("question", 1), ("caption", 0), ("thing", 0)]
 COLORED = re.compile(f"({'|'.join(COLOR_NAMES)}) (?:digit |word )?({'|'.join(sum(NAMES.values(), ()))})")
 
 
@@ -415,8 +415,8 @@ def test_dialogues_ask_other_questions_with_every_draw():
     assert all(
         again["messages"] != row["messages"] for again, row in zip(rows[1][1::2], rows[0], strict=True)
     )
-    both = [json.loads(e.data) for e in SceneDialogueData(about="both", draws=2, num_train=2).entries()]
+    every = [json.loads(e.data) for e in SceneDialogueData(about="all", draws=2, num_train=2).entries()]
     told = [scene_conversation(TRAIN[n], about, draw) for n in (0, 1) for about, draw in FORMS]
-    assert [row["messages"] for row in both] == told
+    assert [row["messages"] for row in every] == told
     test = [json.loads(entry.data) for entry in SceneDialogueData(num_test=2).entries("test")]
     assert [row["messages"] for row in test] == [scene_conversation(scene) for scene in TEST[:2]]

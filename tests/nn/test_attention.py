@@ -112,7 +112,7 @@ def test_dropout_falls_on_the_weights_after_the_softmax():
 
 @pytest.mark.parametrize("length, kept", [(200, True), (300, False)])
 def test_weights_over_many_keys_are_made_again_for_the_gradient(length, kept):
-    """Also with dropout, which falls on the same weights; the gradient is that of an attention that keeps them."""
+    """Also with dropout, on the same weights; the gradient is that of an attention that keeps them."""
     query, key, value = (
         jax.random.normal(jax.random.key(n), (1, 2, length, 4), jnp.float32) for n in range(3)
     )
