@@ -142,14 +142,9 @@ def eyes() -> Experiment:
 def brain() -> Experiment:
     """A decoder that learns to answer from scenes told in words."""
     config = DecoderConfig(
-        model_type="opt",
-        # Learned positions are part of what attention reads from a patch, so that it can say where it is.
-        positions="learned",
-        position_offset=2,
-        norm="layer",
-        norm_eps=1e-5,
-        gated_mlp=False,
-        hidden_act="gelu",
+        model_type="qwen3",
+        # Queries and keys of one length: attention gets sharp soon, as it has to be to say where a thing is.
+        qk_norm=True,
         vocab_size=VOCABULARY,
         hidden_size=128,
         intermediate_size=384,
