@@ -115,10 +115,10 @@ def thing_question(scene: Scene, draw: int = 0) -> Question:
     colors = [thing.color for thing in scene.things]
     alone = [(thing, thing.color) for thing in scene.things if colors.count(thing.color) == 1]
     named = _named(scene.things, scene, dice)
-    by_color = alone and (named is None or dice.chance(0.4))
-    if not by_color and named is None:
+    found = dice.pick(alone) if alone and (named is None or dice.chance(0.4)) else named
+    if found is None:
         return scene_question(scene, draw)
-    thing, words = dice.pick(alone) if by_color else named
+    thing, words = found
     return _question("thing", dice, words, describe(thing), thing)
 
 

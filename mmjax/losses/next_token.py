@@ -357,9 +357,9 @@ def _backward(blocks: _Blocks, saved: Any, cotangent: Array) -> Any:
     hidden, kernel, bias, targets, rest, picked = saved
 
     def local(rows: Any, whole: Any, axis: Any) -> Any:
-        (hidden, targets, *numbers), (kernel, bias) = rows, whole
+        (hidden, targets, rest, picked, cotangent), (kernel, bias) = rows, whole
         tiles = _Tiles(blocks, hidden, kernel, bias, targets)
-        to_hidden, to_kernel, to_bias = _gradients(tiles, *numbers, axis)
+        to_hidden, to_kernel, to_bias = _gradients(tiles, rest, picked, cotangent, axis)
         return to_hidden.astype(hidden.dtype), to_kernel, to_bias
 
     rows = (hidden, targets, rest, picked, cotangent)

@@ -75,8 +75,8 @@ def attention(
     chex.assert_equal_shape([key, value])
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     attend = functools.partial(_attend, scale=scale, softcap=softcap, dropout_rate=dropout_rate)
-    attend = jax.checkpoint(attend) if key.shape[2] > MOST_KEPT else attend
-    return attend(query, key, value, mask, dropout_key)
+    kept = attend if key.shape[2] <= MOST_KEPT else jax.checkpoint(attend)
+    return kept(query, key, value, mask, dropout_key)
 
 
 def _attend(
