@@ -41,7 +41,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 2,
     "num_hidden_layers": LAYERS,
 }
-# The meshes of the README's commands, on two devices.
+# The README's commands, on two devices: there, too, the adapter's step takes its rows in four parts.
 MESHES = {"alignment": "fsdp=2", "instruction": "fsdp=2", "lora": "data=2"}
 ROWS, LENGTH = 8, 64
 BRIDGE = 2 * (WIDTH * WIDTH + WIDTH)
@@ -85,7 +85,7 @@ def command(recipe: str, folder: Path) -> tuple[Path, list[str]]:
     small = [f"train.batch_size={ROWS}", f"data.sequence_length={LENGTH}", f"mesh={MESHES[recipe]}"]
     if recipe == "alignment":
         return file, [f"model.eyes={folder / 'eyes'}", f"model.brain={folder / 'brain'}", *small]
-    lora = ["lora=true", f"adapter.rank={RANK}"] if recipe == "lora" else []
+    lora = ["lora=true", f"adapter.rank={RANK}", "train.accumulate=4"] if recipe == "lora" else []
     return file, [f"model.path={folder / 'llava'}", *lora, *small]
 
 
@@ -155,8 +155,7 @@ def test_trained_parameters_are_counted(plans: dict[str, Any]) -> None:
 def test_an_adapter_needs_less_than_the_whole_brain(plans: dict[str, Any]) -> None:
     """Even though each device holds all of its base, and only half of the parameters that train in full."""
     full, lora = plans["instruction"], plans["lora"]
-    # Not the total: at this size what is computed in between outweighs both.
-    for part in ("optimizer", "gradients"):
+    for part in ("optimizer", "gradients", "total"):
         assert lora["bytes"][part] < full["bytes"][part], part
     sent = [sum(kind["bytes"] for kind in found["network"].values()) for found in (full, lora)]
     assert 0 < sent[1] < sent[0]
