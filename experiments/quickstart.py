@@ -233,6 +233,7 @@ def evaluate(outcome: Outcome) -> Mapping[str, Any]:
         "said_yes_to_absent": float(np.mean([answer == "yes" for answer in said[1::2]])),
         "accuracy_on_unseen_pairs": float(np.mean(unseen)),
         "captions_right": float(np.mean(whole[::2])),
+        "things_right": float(np.mean(whole[1::2])),
         "questions": len(asked),
         "accuracy_by_kind": by_kind,
         "blind_by_kind": blind,
@@ -277,7 +278,10 @@ def dialogue(pairs: list[tuple[Any, Question]], answers: list[str]) -> str:
 
 
 def draw_preview(outcome: Outcome, path: Path) -> None:
-    """Test pictures with questions and where the answer looked, accuracy by kind, the loss of each stage."""
+    """Test pictures with questions and where the answer looked, accuracy by kind, the loss of each stage.
+
+    Beside it scene.png, the picture of the dialogue.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 8), dpi=120, layout="constrained", facecolor="white")
@@ -296,7 +300,7 @@ def draw_preview(outcome: Outcome, path: Path) -> None:
     figure.savefig(path)
     from mmjax.data import make_scene
 
-    make_scene(1, "test", image_size=IMAGE_SIZE).draw().save(path.with_name("scene.png"))
+    make_scene(0, "test", image_size=IMAGE_SIZE).draw().save(path.with_name("scene.png"))
 
 
 def _draw_scenes(figure: Any, outcome: Outcome) -> None:

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mmjax.nn.rope import DynamicScaling, LongRopeScaling
+from mmjax.generation.prompts import text_config
+from mmjax.nn.rope import depends_on_length
 
 Array = jax.Array
 # Products of fewer rows read the weights too often for what they compute.
@@ -65,8 +66,7 @@ def _in_pieces(model: Any, columns: int) -> bool:
     """Whether halves and pieces fit, and every token's result is the same whatever comes after it."""
     if columns < 4 * PIECE or columns % (2 * PIECE) or not hasattr(model, "embed_inputs"):
         return False
-    config = getattr(model.config, "text_config", model.config)
-    return not isinstance(config.rope_scaling, (DynamicScaling, LongRopeScaling))
+    return not depends_on_length(text_config(model).rope_scaling)
 
 
 __all__ = ["read_prompt"]

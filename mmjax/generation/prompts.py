@@ -113,12 +113,17 @@ def _aligned(value: np.ndarray, begin: Any, end: Any, length: int, size: int, fi
     return result
 
 
+def text_config(model: Any) -> Any:
+    """The config of the decoder: a part of that of a model which sees."""
+    return getattr(model.config, "text_config", model.config)
+
+
 def longest_text(model: Any) -> int | None:
     """How many tokens the model's positions reach, None if its config does not say.
 
     Positions that the config scales reach `factor` times as far.
     """
-    config = getattr(model.config, "text_config", model.config)
+    config = text_config(model)
     longest = getattr(config, "max_position_embeddings", None)
     factor = getattr(getattr(config, "rope_scaling", None), "factor", None) or 1.0
     return None if longest is None else int(longest * max(1.0, float(factor)))
@@ -126,7 +131,7 @@ def longest_text(model: Any) -> int | None:
 
 def longest_input(model: Any) -> int | None:
     """How many tokens may be given at once, padding included; None: any number."""
-    config = getattr(model.config, "text_config", model.config)
+    config = text_config(model)
     return config.max_position_embeddings if getattr(config, "positions", None) == "learned" else None
 
 
@@ -170,7 +175,7 @@ def check_ids(
     Raises:
         DataError: an id outside of the vocabulary.
     """
-    config = getattr(model.config, "text_config", model.config)
+    config = text_config(model)
     size = getattr(config, "vocab_size", None)
     if ids is None or size is None:
         return
@@ -191,7 +196,7 @@ def ending_ids(model: Any, stop_ids: int | Sequence[int] | None) -> tuple[int, .
         ConfigError: something that is no id.
     """
     if stop_ids is None:
-        config = getattr(model.config, "text_config", model.config)
+        config = text_config(model)
         own = getattr(model.config, "eos_token_id", None)
         stop_ids = getattr(config, "eos_token_id", None) if own is None else own
     stop_ids = () if stop_ids is None else stop_ids
@@ -204,7 +209,7 @@ def ending_ids(model: Any, stop_ids: int | Sequence[int] | None) -> tuple[int, .
 
 def padding_id(model: Any, stop_ids: Sequence[int]) -> int:
     """What follows a finished text: the config's padding id, else the first that ends texts, else 0."""
-    config = getattr(model.config, "text_config", model.config)
+    config = text_config(model)
     own = getattr(model.config, "pad_token_id", None)
     own = getattr(config, "pad_token_id", None) if own is None else own
     # Some configs write -1 for "none".

@@ -186,7 +186,6 @@ class _Tiles:
         self, blocks: _Blocks, hidden: Array, kernel: Array, bias: Array | None, targets: Array
     ) -> None:
         self.blocks, self.kernel, self.bias = blocks, kernel, bias
-        self.length = hidden.shape[1]
         self.order = jnp.argsort(targets == IGNORED, axis=1, stable=True)
         self.hidden, self.targets = self.lay_out(hidden), self.lay_out(targets, IGNORED)
         self.sums = accumulator(hidden.dtype)
@@ -197,15 +196,13 @@ class _Tiles:
 
     def lay_out(self, x: Array, value: Any = 0) -> Array:
         """x [B, T, ...] in this order and in whole blocks."""
-        x = jnp.take_along_axis(x, self.order.reshape(*self.order.shape, *[1] * (x.ndim - 2)), axis=1)
         padding = [(0, 0)] * x.ndim
-        padding[1] = (0, -self.length % self.blocks.positions)
-        return jnp.pad(x, padding, constant_values=value)
+        padding[1] = (0, -x.shape[1] % self.blocks.positions)
+        return jnp.pad(_reorder(x, self.order), padding, constant_values=value)
 
     def bring_back(self, x: Array) -> Array:
         """What `lay_out` was given."""
-        places = jnp.argsort(self.order, axis=1)
-        return jnp.take_along_axis(x, places.reshape(*places.shape, *[1] * (x.ndim - 2)), axis=1)
+        return _reorder(x, jnp.argsort(self.order, axis=1))
 
     def each_block(self, step: Callable[[Any, Array], Any], state: Any) -> Any:
         """state = step(state, position of the block's first) for all blocks in which something is learned."""
@@ -242,6 +239,11 @@ class _Tiles:
         logits = logits if bias is None else logits + bias
         cap = self.blocks.softcap
         return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def _reorder(x: Array, order: Array) -> Array:
+    """x [B, T, ...] with row b's positions in the order [B, T]."""
+    return jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
 def _statistics(tiles: _Tiles) -> tuple[Array, Array]:

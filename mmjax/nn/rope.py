@@ -180,6 +180,15 @@ def _yarn_mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
+def depends_on_length(scaling: RopeScaling | None) -> bool:
+    """Whether a token's rotation depends on how long its text is, and not on its position alone.
+
+    >>> depends_on_length(DynamicScaling(factor=2.0, original_max_position_embeddings=8))
+    True
+    """
+    return isinstance(scaling, (DynamicScaling, LongRopeScaling))
+
+
 def rope_frequencies(config: RopeConfig, length: Any = None) -> Array:
     """Radians per position.
 
@@ -281,7 +290,7 @@ def rope_tables(config: RopeConfig, position_ids: Array) -> tuple[Array, Array]:
     ([[[1.0, 1.0]]], [[[0.0, 0.0]]])
     """
     length = None
-    if isinstance(config.scaling, (DynamicScaling, LongRopeScaling)):
+    if depends_on_length(config.scaling):
         longest = position_ids if position_ids.ndim == 2 else position_ids.max(axis=0)
         length = longest.max(axis=-1) + 1
     angles = rope_angles(position_ids, rope_frequencies(config, length), config.axis_of_frequency)
