@@ -13,6 +13,9 @@ from mmjax.nn.functional import accumulator, by_rows, dropout
 from mmjax.nn.functional import softcap as capped
 
 Array = jax.Array
+# Weights over more keys are not kept for the backward pass: to write and read them would cost more memory
+# than all else in a layer, and more time than the product that makes them again.
+MOST_KEPT = 256
 
 
 def split_heads(x: Array, num_heads: int) -> Array:
@@ -70,9 +73,25 @@ def attention(
     """
     chex.assert_rank([query, key, value], 4)
     chex.assert_equal_shape([key, value])
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    attend = functools.partial(_attend, scale=scale, softcap=softcap, dropout_rate=dropout_rate)
+    kept = attend if key.shape[2] <= MOST_KEPT else jax.checkpoint(attend)
+    return kept(query, key, value, mask, dropout_key)
+
+
+def _attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array | None,
+    dropout_key: Array | None,
+    *,
+    scale: float,
+    softcap: float | None,
+    dropout_rate: float,
+) -> tuple[Array, Array]:
     batch, heads, length, width = query.shape
     kv_heads = key.shape[1]
-    scale = width**-0.5 if scale is None else scale
     sums = accumulator(query.dtype)
     # The queries that share a key head are rows of one product, so that no key is copied.
     grouped = query.reshape(batch, kv_heads, heads // kv_heads * length, width)

@@ -110,6 +110,30 @@ def test_dropout_falls_on_the_weights_after_the_softmax():
     np.testing.assert_array_equal(same, plain)
 
 
+@pytest.mark.parametrize("length, kept", [(200, True), (300, False)])
+def test_weights_over_many_keys_are_made_again_for_the_gradient(length, kept):
+    """Also with dropout, on the same weights; the gradient is that of an attention that keeps them."""
+    query, key, value = (
+        jax.random.normal(jax.random.key(n), (1, 2, length, 4), jnp.float32) for n in range(3)
+    )
+    mask, dice = jnp.tril(jnp.ones((length, length), bool)), jax.random.key(9)
+
+    def run(query, key, value):
+        return attention(query, key, value, mask, dropout_rate=0.2, dropout_key=dice)[0]
+
+    def plain(query, key, value):
+        weights = jax.nn.softmax(jnp.where(mask, query @ key.mT / 2, -jnp.inf))
+        return jnp.where(jax.random.bernoulli(dice, 0.8, weights.shape), weights / 0.8, 0) @ value
+
+    out, pull = jax.vjp(run, query, key, value)
+    held = max(leaf.size for leaf in jax.tree.leaves(pull))
+    assert (held >= 2 * length**2) == kept
+    expected, pull_plain = jax.vjp(plain, query, key, value)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    for mine, other in zip(pull(value), pull_plain(value), strict=True):
+        np.testing.assert_allclose(mine, other, atol=2e-5)
+
+
 def test_heads_are_consecutive_pieces_of_the_last_axis():
     x = jnp.arange(2 * 3 * 6).reshape(2, 3, 6)
     heads = split_heads(x, 3)
