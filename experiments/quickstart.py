@@ -268,10 +268,9 @@ def open_questions(scene: Any) -> tuple[Question, Question]:
 
 def dialogue(pairs: list[tuple[Any, Question]], answers: list[str]) -> str:
     """What was asked about the first test scene and answered, as lines."""
-    first = pairs[0][0]
     lines = []
     for (scene, question), answer in zip(pairs, answers, strict=True):
-        if scene is first:
+        if scene.number == 0:
             wrong = "" if answer == question.answer else f"   (right: {question.answer})"
             lines.append(f"{question.text}  {answer}{wrong}")
     return "\n".join(lines)
@@ -333,7 +332,7 @@ def _draw_kinds(axis: Any, outcome: Outcome) -> None:
     axis.barh(kinds, [right[kind] for kind in kinds], color="#1f4e79", label="with the picture")
     axis.barh(kinds, [blind[kind] for kind in kinds], height=0.4, color="#e8a33d", label="best blind guess")
     axis.set_xlim(0, 1)
-    axis.legend(fontsize=8, loc="lower left")
+    axis.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.08))
     axis.set_title("right answers by kind of question", fontsize=10)
 
 

@@ -109,7 +109,7 @@ def thing_question(scene: Scene, draw: int = 0) -> Question:
     >>> from mmjax.data.scenes import make_scene
     >>> question = thing_question(make_scene(9))
     >>> question.text, question.answer
-    ('describe the circle', 'a large purple circle at the top')
+    ('describe the purple circle', 'a large purple circle at the top')
     """
     dice = Dice(scene.seed, "thing", scene.split, scene.number, draw)
     colors = [thing.color for thing in scene.things]

@@ -14,7 +14,7 @@ from mmjax.nn.functional import softcap as capped
 
 Array = jax.Array
 # Weights over more keys are made again in the backward pass: where layers are a loop, that takes less memory
-# and less time than to write and read them. (Of layers one by one, XLA's CPU compiler makes the same program.)
+# and less time than to write and read them. (Of layers one by one, XLA on CPUs makes the same of both.)
 MOST_KEPT = 256
 
 
