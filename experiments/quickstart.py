@@ -76,7 +76,15 @@ def experiment() -> Experiment:
             Stage(name="things", loss=NextToken(), data=dialogues("thing", draws=2), rules=seeing, steps=400),
             Stage(name="instruction", loss=NextToken(), rules=seeing),
         ),
-        train=Train(steps=2300, batch_size=16, optimizer="muon", log_every=100, checkpoint_every=500),
+        train=Train(
+            steps=2600,
+            batch_size=16,
+            optimizer="muon",
+            # Without it, pairs of a colour and a name that training never shows are said not to be there.
+            weight_decay=0.1,
+            log_every=100,
+            checkpoint_every=500,
+        ),
         evaluate=evaluate,
         preview=draw_preview,
         smoke=(
@@ -122,6 +130,7 @@ def eyes() -> Experiment:
         model=FromConfig(
             config=CLIPConfig(vision_config=vision, text_config=text, projection_dim=192),
             model=CLIPModel,
+            execution=Execution(dtype="bfloat16"),
             processor=make_eyes_processor,
         ),
         data=ScenesData(num_train=100_000, image_size=IMAGE_SIZE),
@@ -145,6 +154,8 @@ def brain() -> Experiment:
         model_type="qwen3",
         # Queries and keys of one length: attention gets sharp soon, as it has to be to say where a thing is.
         qk_norm=True,
+        # Qwen3's own: what things are like is compared over tens of tokens, which faster rotations blur.
+        rope_theta=1e6,
         vocab_size=VOCABULARY,
         hidden_size=128,
         intermediate_size=384,

@@ -24,7 +24,7 @@ from mmjax.data.sources import as_path, digest
 from mmjax.data.text import files_of, tokenizer_of
 from mmjax.errors import ConfigError, DataError, MmjaxError
 
-_CHUNK = 1024
+_CHUNK, _PIECE = 1024, 64
 _MISPLACED = ("no_image", "unplaced_image")
 
 
@@ -247,10 +247,16 @@ class InstructionData:
                 # An image's name says less than the row's, whose number it is looked for under.
                 return BadSample(error.cause, source.entries[number].name, str(error))
 
+        def measure_all(numbers: range) -> list[tuple[int, int] | BadSample]:
+            return [measure(number) for number in numbers]
+
         with ThreadPoolExecutor(max(self.num_threads, 1)) as threads:
             for first in range(0, len(source), _CHUNK):
                 numbers = range(first, min(first + _CHUNK, len(source)))
-                yield from threads.map(measure, numbers)
+                # Handing over a row takes as long as measuring one, so that threads get many at once.
+                pieces = [numbers[start : start + _PIECE] for start in range(0, len(numbers), _PIECE)]
+                for found in threads.map(measure_all, pieces):
+                    yield from found
                 if progress is not None:
                     progress(numbers.stop, len(source))
 
