@@ -77,7 +77,7 @@ def experiment() -> Experiment:
             Stage(name="instruction", loss=NextToken(), rules=seeing),
         ),
         train=Train(
-            steps=2600,
+            steps=2400,
             batch_size=16,
             optimizer="muon",
             # Without it, pairs of a colour and a name that training never shows are said not to be there.
@@ -161,6 +161,7 @@ def brain() -> Experiment:
         intermediate_size=384,
         num_hidden_layers=2,
         num_attention_heads=2,
+        head_dim=128,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         initializer_range=0.04,
