@@ -76,15 +76,8 @@ def experiment() -> Experiment:
             Stage(name="things", loss=NextToken(), data=dialogues("thing", draws=2), rules=seeing, steps=400),
             Stage(name="instruction", loss=NextToken(), rules=seeing),
         ),
-        train=Train(
-            steps=2400,
-            batch_size=16,
-            optimizer="muon",
-            # Without it, pairs of a colour and a name that training never shows are said not to be there.
-            weight_decay=0.1,
-            log_every=100,
-            checkpoint_every=500,
-        ),
+        # Without decay, pairs of a colour and a name that training never shows are said not to be there.
+        train=training(steps=2400, weight_decay=0.1),
         evaluate=evaluate,
         preview=draw_preview,
         smoke=(
@@ -137,14 +130,7 @@ def eyes() -> Experiment:
         stages=(
             Stage(name="contrastive", loss=Contrastive(), rules=((".*", Cosine(peak=3e-3, warmup=0.05)),)),
         ),
-        train=Train(
-            steps=1200,
-            batch_size=128,
-            optimizer="muon",
-            weight_decay=0.1,
-            log_every=100,
-            checkpoint_every=500,
-        ),
+        train=training(steps=1200, batch_size=128, weight_decay=0.1),
     )
 
 
@@ -179,7 +165,19 @@ def brain() -> Experiment:
         ),
         data=SceneTextData(about="question", num_train=SCENES, sequence_length=128),
         stages=(Stage(name="text", loss=NextToken(), rules=((".*", Cosine(peak=3e-3, warmup=0.05)),)),),
-        train=Train(steps=400, batch_size=16, optimizer="muon", log_every=100, checkpoint_every=500),
+        train=training(steps=400),
+    )
+
+
+def training(steps: int, batch_size: int = 16, weight_decay: float = 0.0) -> Train:
+    """What the runs have in common."""
+    return Train(
+        steps=steps,
+        batch_size=batch_size,
+        optimizer="muon",
+        weight_decay=weight_decay,
+        log_every=100,
+        checkpoint_every=500,
     )
 
 
