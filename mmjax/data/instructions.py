@@ -250,7 +250,9 @@ class InstructionData:
         def measure_all(numbers: range) -> list[tuple[int, int] | BadSample]:
             return [measure(number) for number in numbers]
 
-        with ThreadPoolExecutor(max(self.num_threads, 1)) as threads:
+        # With features there is nothing to wait for, and several threads only wait for one another.
+        workers = 1 if source.features is not None else max(self.num_threads, 1)
+        with ThreadPoolExecutor(workers) as threads:
             for first in range(0, len(source), _CHUNK):
                 numbers = range(first, min(first + _CHUNK, len(source)))
                 # Handing over a row takes as long as measuring one, so that threads get many at once.
