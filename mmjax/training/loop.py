@@ -156,8 +156,10 @@ class Run:
         interrupts.check()
         self.opened = experiment.model.open(experiment.data, key, self.mesh)
         interrupts.check()
-        indices = range(len(experiment.stages))
-        self.stages = [StageRun(experiment, index, self.opened, self.mesh) for index in indices]
+        self.stages: list[StageRun] = []
+        for index in range(len(experiment.stages)):
+            like = self.stages[-1] if self.stages else None
+            self.stages.append(StageRun(experiment, index, self.opened, self.mesh, like))
         self.faults: dict[str, Any] = {}
         self._settings = describe(experiment)
 

@@ -99,7 +99,7 @@ def compile_stage(
     run = StageRun(experiment, index, opened, mesh)
     data = experiment.data if run.stage.data is None else run.stage.data
     batch = batch_shapes(opened.model, run.stage.loss, data, opened.shapes, run.settings.batch_size)
-    traced = run.step.trace(run.shapes, batch)
+    traced = run.step.trace(run.shapes, batch, jax.eval_shape(run.rates, 0))
     compiled = traced.lower().compile(OPTIONS)
     work = count_jaxpr(traced.jaxpr, devices=mesh.size, cache=_CACHE)
     loss = _loss_alone(run, opened, batch)

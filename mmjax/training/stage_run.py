@@ -7,8 +7,10 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from mmjax.checkpoints.training import CheckpointStore
@@ -25,10 +27,11 @@ from mmjax.training.state import (
     state_shardings,
     state_to_arrays,
 )
-from mmjax.training.step import Metrics, make_train_step, term_name
+from mmjax.training.step import Batch, Metrics, make_train_step, term_name
 
 # A step is looked at when the next one is already running: the device never waits for the host.
 STEPS_IN_FLIGHT = 1
+_OPTIMIZER = ("b1", "b2", "eps", "weight_decay", "clip_norm", "optimizer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +65,24 @@ class StageRun:
         index: which stage.
         opened: the model.
         mesh: where it lies.
+        like: a stage before it, whose compiled step serves this one too where they differ in nothing but
+            data, steps and rates.
 
     Attributes:
-        step: the jitted train step, (state, batch) -> (state, metrics).
+        step: the jitted train step, (state, batch, rates) -> (state, metrics).
+        rates: jitted, from the number of updates done to the rates of the rules that train, by index.
         shapes, shardings: of the state.
         trained: paths of the parameters that train.
     """
 
-    def __init__(self, experiment: Experiment, index: int, opened: OpenedModel, mesh: Mesh) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        index: int,
+        opened: OpenedModel,
+        mesh: Mesh,
+        like: StageRun | None = None,
+    ) -> None:
         self.stage: Stage = experiment.stages[index]
         self.settings: Train = experiment.settings(self.stage)
         self.mesh = mesh
@@ -81,39 +94,53 @@ class StageRun:
         self.trained = frozenset(path for path, label in labels.items() if label in rules)
         if not self.trained:
             raise ConfigError(f"stage {self.stage.name!r}: every parameter is frozen, nothing would train")
+        self._labels = {path: labels[path] for path in self.trained}
+        self._names = {
+            index: "learning_rate" if len(rules) == 1 else f"learning_rate {all_rules[index].pattern}"
+            for index in rules
+        }
         schedules = {index: schedule.build(self.settings.steps) for index, schedule in rules.items()}
-        self._optimizer = make_optimizer(
-            {path: labels[path] for path in self.trained},
-            schedules,
-            b1=self.settings.b1,
-            b2=self.settings.b2,
-            eps=self.settings.eps,
-            weight_decay=self.settings.weight_decay,
-            clip_norm=self.settings.clip_norm,
-            optimizer=self.settings.optimizer,
-        )
+        self.rates = jax.jit(lambda count: {index: schedules[index](count) for index in schedules})
         self._key = jax.random.fold_in(jax.random.key(self.settings.seed), index + 1)
         shapes = jax.eval_shape(self._create, opened.shapes, self._key)
         self.shapes: TrainState = shapes
         self.shardings = state_shardings(shapes, opened.shardings, mesh)
-        names = {
-            index: "learning_rate" if len(rules) == 1 else f"learning_rate {all_rules[index].pattern}"
-            for index in rules
-        }
-        self.step = jax.jit(
-            make_train_step(
-                opened.model,
+        same = like is not None and self._program() == like._program()
+        self.step: Any = like.step if like is not None and same else self._jit(opened.model)
+
+    def _program(self) -> dict[str, Any]:
+        """All that the step is made of, but for the model and the mesh, which a run has one of."""
+        names = ("accumulate", "ema_decay", *_OPTIMIZER)
+        settings = {name: getattr(self.settings, name) for name in names}
+        return {"loss": self.stage.loss, "labels": self._labels, "names": self._names, **settings}
+
+    def _jit(self, model: nn.Module) -> Any:
+        """The rates are an input, so that stages of other lengths and rates need no other program."""
+
+        def step(state: TrainState, batch: Batch, rates: dict[int, jax.Array]) -> tuple[TrainState, Metrics]:
+            schedules = {index: optax.constant_schedule(rate) for index, rate in rates.items()}
+            train_step = make_train_step(
+                model,
                 self.stage.loss,
-                self._optimizer,
+                self._optimizer(schedules),
                 accumulate=self.settings.accumulate,
                 ema_decay=self.settings.ema_decay,
-                rates={name: schedules[index] for index, name in names.items()},
-                mesh=mesh if self._ways > 1 else None,
-            ),
-            in_shardings=(self.shardings, batch_sharding(mesh)),
-            out_shardings=(self.shardings, replicated(mesh)),
+                rates={name: schedules[index] for index, name in self._names.items()},
+                mesh=self.mesh if self._ways > 1 else None,
+            )
+            return train_step(state, batch)
+
+        same = replicated(self.mesh)
+        return jax.jit(
+            step,
+            in_shardings=(self.shardings, batch_sharding(self.mesh), same),
+            out_shardings=(self.shardings, same),
             donate_argnums=0,
         )
+
+    def _optimizer(self, schedules: Mapping[int, optax.Schedule]) -> optax.GradientTransformation:
+        settings = {name: getattr(self.settings, name) for name in _OPTIMIZER}
+        return make_optimizer(self._labels, schedules, **settings)
 
     def fresh(self, params: Mapping[str, jax.Array]) -> TrainState:
         """The stage's first state, from all parameters, flat."""
@@ -177,7 +204,7 @@ class StageRun:
             batch.pop("faults", None)
             ids = batch.pop("ids", None)
             cursor = Cursor(cursor.step + 1, batches.get_state())  # type: ignore[attr-defined]
-            state, metrics = self.step(state, self.place(batch))
+            state, metrics = self.step(state, self.place(batch), self.rates(state.step))
             flying.append((cursor, metrics, ids))
             settle(STEPS_IN_FLIGHT)
             if pause(cursor.step):
@@ -186,7 +213,10 @@ class StageRun:
         return state, cursor
 
     def _create(self, params: Mapping[str, jax.Array], key: jax.Array) -> TrainState:
-        return create_state(params, self.trained, self._optimizer, key, ema=self.settings.ema_decay > 0)
+        rates = {index: optax.constant_schedule(0.0) for index in self._names}
+        return create_state(
+            params, self.trained, self._optimizer(rates), key, ema=self.settings.ema_decay > 0
+        )
 
     def _check_batch(self) -> None:
         ways = self._ways

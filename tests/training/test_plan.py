@@ -268,7 +268,7 @@ def compare_with_arrays(file: Path, overrides: list[str], mesh: dict[str, int]) 
         host = next(iter(experiment.data.build(processor=opened.processor, batch_size=size, seed=0)))
         names = {"pixel_values", "input_ids", "attention_mask", "x", "y"}
         batch = run.place({name: x for name, x in host.items() if name in names})
-        memory = run.step.lower(state, batch).compile(OPTIONS).memory_analysis()
+        memory = run.step.lower(state, batch, run.rates(0)).compile(OPTIONS).memory_analysis()
         check_bytes(plan, memory, state, batch, devices.devices.flat[0])
         assert plan["parameters"]["total"] == sum(math.prod(x.shape) for x in opened.shapes.values())
         assert plan["parameters"]["frozen"] == sum(x.size for x in state.frozen.values())
