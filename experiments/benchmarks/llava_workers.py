@@ -133,16 +133,18 @@ def with_mmjax(case: Case, form: str, folder: Path) -> Program:
     import jax
 
     import mmjax
-    from mmjax.nn import Execution, transpose_kernels
+    from mmjax.nn import Execution
     from mmjax.parallel import keep_freed_memory
 
     keep_freed_memory()
     dtype, *stored = form.split()
-    model, params, _ = mmjax.load(folder / "model", dtype=dtype, execution=Execution(dtype=dtype))
+    execution = Execution(dtype=dtype)
+    model, params, _ = mmjax.load(
+        folder / "model", dtype=dtype, execution=execution, transpose_kernels=bool(stored)
+    )
     config = model.config
     made = make_inputs(case, config.tile[0], config.tile_rows, config.image_token_id)
     if case.kind == "generate":
-        params = transpose_kernels(params) if stored else params
         return _mmjax_generation(case, model, params, made)
     return _mmjax_stage(case, model, params, jax.device_put(model.lay_out(made)), folder)
 

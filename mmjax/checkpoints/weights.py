@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -21,6 +22,7 @@ from safetensors.numpy import save_file
 from mmjax.checkpoints.files import INDEX, WEIGHTS, TensorReader
 from mmjax.checkpoints.rules import KeyRules, Link, expand, link
 from mmjax.errors import CheckpointError
+from mmjax.nn import TransposedKernel
 from mmjax.parallel import ParamSpec, auto_mesh, partition_spec
 
 SHARD_BYTES = 4 * 10**9
@@ -35,6 +37,7 @@ def load_params(
     dtype: str | None = None,
     mesh: Mesh | None = None,
     where: str = "",
+    transposed: str | None = None,
 ) -> dict[str, Any]:
     """Fill a model's parameters from a folder.
 
@@ -47,6 +50,7 @@ def load_params(
         dtype: None keeps each tensor's own.
         mesh: None puts everything on the default device; otherwise each parameter goes to its shards.
         where: the folder, for messages.
+        transposed: kernels whose whole path this regular expression matches become a TransposedKernel.
 
     Returns:
         Nested dict of arrays.
@@ -58,12 +62,15 @@ def load_params(
     links = link(rules, reader.shapes, flat, where)
     _check_dtypes(reader, [entry.source for entry in links], dtype)
     mesh = None if mesh is None else auto_mesh(mesh)
-    params: dict[str, jax.Array] = {}
+    params: dict[str, Any] = {}
     for targets, group in itertools.groupby(links, key=lambda entry: entry.targets):
         pieces = _read(list(group), reader)
         for target in targets:
             # Nothing here keeps a host copy while the next tensor is read.
-            params[target] = _place(pieces.pop(0), flat[target], dtype, mesh)
+            if transposed and len(flat[target].shape) == 2 and re.fullmatch(transposed, target):
+                params[target] = _place_transposed(pieces.pop(0), flat[target], dtype, mesh)
+            else:
+                params[target] = _place(pieces.pop(0), flat[target], dtype, mesh)
     return unflatten_dict(params, sep="/")
 
 
@@ -108,6 +115,14 @@ def _place(piece: np.ndarray, spec: ParamSpec, dtype: str | None, mesh: Mesh | N
     parts = sharding.addressable_devices_indices_map(piece.shape).items()
     arrays = [_arranged(*_put(piece[index], device), target).block_until_ready() for device, index in parts]
     return jax.make_array_from_single_device_arrays(piece.shape, sharding, arrays, dtype=target)
+
+
+def _place_transposed(
+    piece: np.ndarray, spec: ParamSpec, dtype: str | None, mesh: Mesh | None
+) -> TransposedKernel:
+    """A kernel [D, F] as torch's folders have it, [F, D]: nothing is turned."""
+    turned = dataclasses.replace(spec, shape=spec.shape[::-1], axes=spec.axes[::-1])
+    return TransposedKernel(_place(piece.T, turned, dtype, mesh))
 
 
 def _put(piece: np.ndarray, device: Any) -> tuple[jax.Array, tuple[int, ...]]:

@@ -22,7 +22,7 @@ from mmjax.models.assemblies import Model
 from mmjax.models.family import FAMILIES, Family, choose_architecture, family_of_model, family_of_type
 from mmjax.models.hub_config import merge, refuse_code_and_quantisation
 from mmjax.models.processor import Processor
-from mmjax.nn import Execution, canonical_dtype, parameter_specs
+from mmjax.nn import Execution, canonical_dtype, parameter_specs, transposed
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -104,6 +104,7 @@ def load(
     mesh: Mesh | None = None,
     *,
     execution: Execution | None = None,
+    transpose_kernels: bool = False,
 ) -> tuple[Model, dict[str, Any], Processor | None]:
     """Open a hub folder.
 
@@ -113,6 +114,8 @@ def load(
         dtype: dtype of the parameters, such as "bfloat16"; None keeps the folder's.
         mesh: put every parameter onto its shards (see `mmjax.parallel`); None means the default device.
         execution: compute dtype, scanned layers, remat; None of them changes the parameters.
+        transpose_kernels: keep kernels as the transposes that most folders have (see
+            `mmjax.nn.transpose_kernels`): for generating text in bfloat16 on a CPU.
 
     Returns:
         The model, its parameters, and its processor (None if the folder has no processor files).
@@ -135,14 +138,23 @@ def load(
     other = family_of_type(kind, str(folder / "config.json")).other_layout if known else None
     opened = other and other(folder, hub, dtype=dtype, mesh=mesh, execution=execution, find=find_folder)
     if opened:
-        return opened
+        model, params, processor = opened
+        return model, transposed.transpose_kernels(params) if transpose_kernels else params, processor
     with open_tensors(folder) as reader:
         family, model = open_model(folder, reader, execution or Execution())
         try:
             specs = parameter_specs(model)
         except ConfigError as error:
             raise ConfigError(f"{folder / 'config.json'}: {error}") from None
-        params = load_params(reader, family.rules(model), specs, dtype=dtype, mesh=mesh, where=str(folder))
+        params = load_params(
+            reader,
+            family.rules(model),
+            specs,
+            dtype=dtype,
+            mesh=mesh,
+            where=str(folder),
+            transposed=transposed.FEW_ROWS_KERNELS if transpose_kernels else None,
+        )
     return model, params, Processor.from_folder(folder)
 
 

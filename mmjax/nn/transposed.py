@@ -23,6 +23,8 @@ Array = jax.Array
 # On CPU: fewer rows than the first take as long or longer; with more than the second the usual order is as
 # fast.
 _FEWEST, _FEW = 4, 64
+#: The kernels that are worth it: those of layers, but not experts', which are no matrices, and the last one.
+FEW_ROWS_KERNELS = rf"(?!.*experts/){LAYER_KERNELS}|.*lm_head/kernel"
 
 
 @jax.tree_util.register_dataclass
@@ -84,11 +86,10 @@ def _product_of_few(rows: Array, values: Array, *, dtype: Any) -> Array:
     return lax.optimization_barrier(y).T[: len(rows)]
 
 
-def transpose_kernels(
-    params: Mapping[str, Any], pattern: str = rf"{LAYER_KERNELS}|.*lm_head/kernel"
-) -> dict[str, Any]:
+def transpose_kernels(params: Mapping[str, Any], pattern: str = FEW_ROWS_KERNELS) -> dict[str, Any]:
     """Store kernels as their transposes, for generating text in bfloat16 on a CPU.
 
+    `mmjax.load(folder, transpose_kernels=True)` does so while it reads, at no cost in time or memory.
     The values stay the same to the bit; `mmjax.nn.quantized.dequantize` makes plain arrays of them again.
 
     Args:

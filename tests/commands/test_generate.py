@@ -21,6 +21,7 @@ from mmjax.language import DecoderConfig
 from mmjax.language.learned import train_bpe_tokenizer
 from mmjax.models import CausalLM
 from mmjax.models.processor import Processor
+from mmjax.nn import TransposedKernel
 from tests.tiny import random_params
 
 CHAT = """{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content }}<|im_end|>
@@ -53,6 +54,20 @@ def expected(folder, prompt, new, **options):
     ids = processor.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else np.asarray(prompt)
     tokens = mmjax.generate(model, params, {"input_ids": ids}, new, pad_id=0, **options)
     return processor.tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(("dtype", "turned"), [(None, False), ("bfloat16", True), ("float16", False)])
+def test_bfloat16_kernels_stay_as_the_folder_has_them(folder, dtype, turned, tmp_path):
+    options = argparse.Namespace(model=str(folder), dtype=dtype)
+    _, params, *_ = generate.open_language_model(options)
+    kernel = params["model"]["layers_0"]["mlp"]["up_proj"]["kernel"]
+    assert isinstance(kernel, TransposedKernel) == turned
+    assert kernel.dtype == (dtype or "float32")
+    if turned:
+        again = tmp_path / "bfloat16"
+        mmjax.save(again, *mmjax.load(folder, dtype=dtype))
+        _, params, *_ = generate.open_language_model(argparse.Namespace(model=str(again), dtype=None))
+        assert isinstance(params["model"]["layers_0"]["mlp"]["up_proj"]["kernel"], TransposedKernel)
 
 
 @pytest.fixture

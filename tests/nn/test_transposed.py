@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import mmjax
 from mmjax.errors import ConfigError
+from mmjax.models import CausalLM
 from mmjax.nn import Execution, TransposedKernel, dense, transpose_kernels
 from mmjax.nn.quantized import dequantize
+from mmjax.parallel import make_mesh
 from tests.tiny import DECODERS, random_batch, random_params
 
 RNG = np.random.default_rng(0)
@@ -49,6 +54,27 @@ def test_a_model_gives_the_same(scan):
     logits = jax.jit(model.apply)({"params": stored}, **batch).logits
     np.testing.assert_allclose(logits, model.apply({"params": params}, **batch).logits, rtol=1e-5, atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, dequantize(stored), params)
+
+
+@pytest.mark.parametrize("mesh", [None, {"data": 1, "fsdp": 2, "tensor": 4}])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_folder_opens_with_kernels_as_they_lie(tmp_path, dtype, mesh):
+    model = CausalLM(dataclasses.replace(DECODERS["experts"].config, hidden_dropout=0.0))
+    mmjax.save(tmp_path, model, random_params(model))
+    mesh = mesh and make_mesh(mesh)
+    _, params, _ = mmjax.load(tmp_path, dtype=dtype, mesh=mesh)
+    _, stored, _ = mmjax.load(tmp_path, dtype=dtype, mesh=mesh, transpose_kernels=True)
+    assert isinstance(stored["lm_head"]["kernel"], TransposedKernel)
+    expected = transpose_kernels(params)
+    assert jax.tree.structure(stored) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, stored, expected)
+    if mesh:
+        jax.tree.map(lambda x, y: np.testing.assert_equal(pieces(x), pieces(y)), stored, expected)
+
+
+def pieces(x):
+    """The shapes of an array's parts on the devices."""
+    return [shard.data.shape for shard in x.addressable_shards]
 
 
 def test_bad_patterns():
