@@ -23,7 +23,7 @@ _SHARES = {
     "relation": 8,
     "word": 3,
     "digit": 2,
-    "presence": 4,
+    "presence": 6,
 }
 # What a question is about comes last: a small model then has less far to look back for it.
 _PHRASES = {
