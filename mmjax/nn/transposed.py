@@ -89,7 +89,7 @@ def _product_of_few(rows: Array, values: Array, *, dtype: Any) -> Array:
 def transpose_kernels(params: Mapping[str, Any], pattern: str = FEW_ROWS_KERNELS) -> dict[str, Any]:
     """Store kernels as their transposes, for generating text in bfloat16 on a CPU.
 
-    `mmjax.load(folder, transpose_kernels=True)` does so while it reads, at no cost in time or memory.
+    `mmjax.load(folder, transpose_kernels=True)` does so while it reads, when nothing has to be turned.
     The values stay the same to the bit; `mmjax.nn.quantized.dequantize` makes plain arrays of them again.
 
     Args:

@@ -40,10 +40,9 @@ def test_samples_make_the_batch_that_a_call_makes(kind):
     assert more["pixel_values"].shape[: len(shape)] == shape
     run = jax.jit(lambda batch: model.apply({"params": params}, **batch).logits)
     mask = plain["attention_mask"] > 0
-    expected, found = run(plain), run(more)
-    np.testing.assert_allclose(
-        np.asarray(found)[:, : mask.shape[1]][mask], np.asarray(expected)[mask], atol=1e-5
-    )
+    expected, found = np.asarray(run(plain))[mask], np.asarray(run(more))[:, : mask.shape[1]][mask]
+    # Two programs: products of other sizes are summed in another order.
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
 
 
 def test_features_may_be_computed_before():
