@@ -66,11 +66,10 @@ def load_params(
     for targets, group in itertools.groupby(links, key=lambda entry: entry.targets):
         pieces = _read(list(group), reader)
         for target in targets:
+            turned = transposed and len(flat[target].shape) == 2 and re.fullmatch(transposed, target)
+            place = _place_transposed if turned else _place
             # Nothing here keeps a host copy while the next tensor is read.
-            if transposed and len(flat[target].shape) == 2 and re.fullmatch(transposed, target):
-                params[target] = _place_transposed(pieces.pop(0), flat[target], dtype, mesh)
-            else:
-                params[target] = _place(pieces.pop(0), flat[target], dtype, mesh)
+            params[target] = place(pieces.pop(0), flat[target], dtype, mesh)
     return unflatten_dict(params, sep="/")
 
 

@@ -99,8 +99,8 @@ class StageRun:
             index: "learning_rate" if len(rules) == 1 else f"learning_rate {all_rules[index].pattern}"
             for index in rules
         }
-        schedules = {index: schedule.build(self.settings.steps) for index, schedule in rules.items()}
-        self.rates = jax.jit(lambda count: {index: schedules[index](count) for index in schedules})
+        self._schedules = {index: schedule.build(self.settings.steps) for index, schedule in rules.items()}
+        self.rates = jax.jit(lambda count: {index: rate(count) for index, rate in self._schedules.items()})
         self._key = jax.random.fold_in(jax.random.key(self.settings.seed), index + 1)
         shapes = jax.eval_shape(self._create, opened.shapes, self._key)
         self.shapes: TrainState = shapes
@@ -213,10 +213,8 @@ class StageRun:
         return state, cursor
 
     def _create(self, params: Mapping[str, jax.Array], key: jax.Array) -> TrainState:
-        rates = {index: optax.constant_schedule(0.0) for index in self._names}
-        return create_state(
-            params, self.trained, self._optimizer(rates), key, ema=self.settings.ema_decay > 0
-        )
+        optimizer = self._optimizer(self._schedules)
+        return create_state(params, self.trained, optimizer, key, ema=self.settings.ema_decay > 0)
 
     def _check_batch(self) -> None:
         ways = self._ways
