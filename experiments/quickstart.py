@@ -190,6 +190,8 @@ def dialogues(about: Any, draws: int = 1) -> SceneDialogueData:
         num_test=TEST_SCENES,
         features=FEATURES,
         sequence_length=128,
+        # No row has more; with the same room in all, three stages are one compiled program.
+        tiles_per_row=8,
     )
 
 

@@ -46,8 +46,9 @@ class InstructionData:
         arrange: "pack": whole conversations side by side in rows of `sequence_length`, each seeing only
             itself. "group": a conversation a row, in batches of about equal length and of few sizes.
         sequence_length: tokens of a row, those of images included; a longer conversation is cut.
-        tiles_per_row: most images (tiles, where they are cut into tiles) of a packed row; None: as many as
-            there are tokens for.
+        tiles_per_row: most images (tiles, where they are cut into tiles) of a packed row, and what every row
+            has room for, so that data with the same number need no other program; None: as many as there are
+            tokens for, and room for those of the fullest row.
         image_first: a message's only `<image>` moves to its beginning, as in LLaVA's training.
         pad_images: pad images to squares, where the processor can, or do not; None: as the processor does.
         mismatch: what becomes of a row whose images are not as many as its places for them: "skip" leaves it
@@ -270,7 +271,8 @@ class InstructionData:
         most = int(tiles.sum()) if self.tiles_per_row is None else self.tiles_per_row
         pieces = fit_into_rows(lengths.tolist(), self.sequence_length, tiles.tolist(), most)
         rows = [[number for number, _, _ in row] for row in pieces]
-        return PackedOrder(rows, self.sequence_length, max(int(tiles[row].sum()) for row in rows), seed)
+        fullest = max(int(tiles[row].sum()) for row in rows)
+        return PackedOrder(rows, self.sequence_length, max(self.tiles_per_row or 0, fullest), seed)
 
 
 def _row_shape(source: Conversations) -> RowShape:

@@ -138,6 +138,10 @@ def test_tiles_of_a_row_have_a_limit(folder):
     batches = build(data_of(folder, sequence_length=512, tiles_per_row=2))
     assert max(int(batches.tiles[row].sum()) for row in batches.order.rows) == 2
     assert take(batches, 1)[0]["tiles"].shape == (2, 2, 8, 8, 3)
+    roomy = build(data_of(folder, sequence_length=512, tiles_per_row=50))
+    fullest = max(int(roomy.tiles[row].sum()) for row in roomy.order.rows)
+    assert fullest < 50
+    assert take(roomy, 1)[0]["tiles"].shape == (2, 50, 8, 8, 3)
 
 
 def test_threads_processes_and_saved_places_give_the_same_batches(folder):
