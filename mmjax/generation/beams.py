@@ -125,7 +125,7 @@ def search_whole(
     """Prefill and search as one program: int32 [B, W, N], the best text first."""
     rows = inputs["attention_mask"].shape[0]
     cache = model.init_cache(rows, length, dtype)
-    logits, cache = read_prompt(model, params, cache, inputs, prompt_length)
+    logits, cache = read_prompt(model, params, cache, inputs, prompt_length, fresh=True)
     logits, cache = repeat_rows((logits, cache), num_beams)
     blank = jnp.full((rows, num_beams, room), controls.pad_id, jnp.int32)
     none = jnp.full((rows, num_beams), WORST, jnp.float32)

@@ -163,12 +163,12 @@ def generate_whole(
 ) -> Array:
     """Prefill and loop as one program: int32 [R, N]; `length` is that of the cache."""
     cache = model.init_cache(inputs["attention_mask"].shape[0], length, dtype)
-    logits, cache = read_prompt(model, params, cache, inputs, prompt_length)
+    logits, cache = read_prompt(model, params, cache, inputs, prompt_length, fresh=True)
     state = begin(plan, controls, logits, cache, inputs, copies, room)
     return advance_until(model, plan, params, controls, state, controls.limit).tokens
 
 
-@functools.partial(jax.jit, static_argnames=("model", "plan", "copies", "room"))
+@functools.partial(jax.jit, static_argnames=("model", "plan", "copies", "room", "fresh"))
 def start(
     params: Any,
     cache: Any,
@@ -181,9 +181,10 @@ def start(
     plan: Plan,
     copies: int,
     room: int,
+    fresh: bool,
 ) -> DecodeState:
     """Prefill alone, after what the cache holds; the cache given stays as it is."""
-    logits, cache = read_prompt(model, params, cache, inputs, prompt_length)
+    logits, cache = read_prompt(model, params, cache, inputs, prompt_length, fresh=fresh)
     return begin(plan, controls, logits, cache, text, copies, room)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mmjax.generation.prompts import text_config
+from mmjax.nn.cache import fill_slots, first_slots
 from mmjax.nn.rope import depends_on_length
 
 Array = jax.Array
@@ -17,7 +18,7 @@ PIECE = 128
 
 
 def read_prompt(
-    model: Any, params: Any, cache: Any, inputs: dict[str, Array], length: Array
+    model: Any, params: Any, cache: Any, inputs: dict[str, Array], length: Array, *, fresh: bool = False
 ) -> tuple[Array, Any]:
     """Put prompts into a cache.
 
@@ -28,13 +29,14 @@ def read_prompt(
         cache: with room for all of the inputs' columns.
         inputs: arguments of the model, the prompts padded on the left to `length`, then on the right.
         length: int32 [].
+        fresh: whether the cache holds nothing yet; then a first half looks at no slots but its own.
 
     Returns:
         The logits after the prompts' last tokens, float32 [B, V], and the cache, whose cursor is after them.
     """
     mask = inputs["attention_mask"]
     cursor = cache.cursor
-    if not _in_pieces(model, mask.shape[1]):
+    if not in_pieces(model, mask.shape[1]):
         last = jnp.full(mask.shape[:1], length - 1, jnp.int32)
         out = model.apply({"params": params}, **inputs, cache=cache, logits_to_keep=last)
         return out.logits[:, 0], out.cache.replace(cursor=cursor + length)
@@ -56,17 +58,21 @@ def read_prompt(
 
     half = mask.shape[1] // 2
     size = max(PIECE, half // 4)
-    state = jnp.int32(half), *read(cache, 0, half)
+    last, part = read(first_slots(cache, half) if fresh else cache, 0, half)
+    state = jnp.int32(half), last, fill_slots(cache, part) if fresh else part
     _, last, cache = lax.while_loop(lambda state: state[0] < length, read_more, state)
     logits = model.apply({"params": params}, last, method="logits")
     return logits, cache.replace(cursor=cursor + length)
 
 
-def _in_pieces(model: Any, columns: int) -> bool:
-    """Whether halves and pieces fit, and every token's result is the same whatever comes after it."""
+def in_pieces(model: Any, columns: int) -> bool:
+    """Whether prompts padded to so many columns are read in pieces.
+
+    Halves and pieces have to fit, and every token's result to be the same whatever comes after it.
+    """
     if columns < 4 * PIECE or columns % (2 * PIECE) or not hasattr(model, "embed_inputs"):
         return False
     return not depends_on_length(text_config(model).rope_scaling)
 
 
-__all__ = ["read_prompt"]
+__all__ = ["in_pieces", "read_prompt"]

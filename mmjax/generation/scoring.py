@@ -135,7 +135,7 @@ def _score(
     """float32 [B, C, A]: of each token of answers int32 [B, C, A]."""
     rows, count, longest = answers.shape
     cache = model.init_cache(rows, inputs["attention_mask"].shape[1] + longest, dtype)
-    first, cache = read_prompt(model, params, cache, inputs, prompt_length)
+    first, cache = read_prompt(model, params, cache, inputs, prompt_length, fresh=True)
     first, cache = repeat_rows((first, cache), count)
     ids = answers.reshape(-1, longest)
     out = model.apply(

@@ -14,6 +14,7 @@ import numpy as np
 from mmjax.errors import ConfigError, DataError
 from mmjax.generation import images
 from mmjax.generation.loop import resume, start
+from mmjax.generation.prefill import in_pieces
 from mmjax.generation.prompts import bucket, cache_dtype, longest_input, prepare
 from mmjax.generation.samplers import BeamSearch, Greedy, Sampler
 from mmjax.generation.text import make_ready
@@ -117,6 +118,8 @@ def stream(
         plan=plan,
         copies=num_return_sequences,
         room=room,
+        # Only where it makes a difference: first and later turns of one size are one program elsewhere.
+        fresh=not reused and in_pieces(model, size),
     )
     go_on = functools.partial(resume, params, controls, model=model, plan=plan)
     ids = text["input_ids"][0, : reused + prompts.length].tolist() if "input_ids" in text else None

@@ -6,7 +6,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from mmjax.nn.functional import accumulator
+from mmjax.nn.products import accumulator
 
 Array = jax.Array
 

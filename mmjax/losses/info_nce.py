@@ -23,7 +23,7 @@ from mmjax.losses.pairs import (
 )
 from mmjax.losses.rows import Axis
 from mmjax.losses.sweep import sweep, valid_pairs
-from mmjax.nn.functional import accumulator
+from mmjax.nn.products import accumulator
 
 Array = jax.Array
 

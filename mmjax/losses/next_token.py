@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from mmjax.errors import ConfigError
 from mmjax.losses.pairs import once_only
 from mmjax.losses.rows import Axis, Rows
-from mmjax.nn.functional import accumulator
+from mmjax.nn.products import accumulator
 
 Array = jax.Array
 IGNORED = -100

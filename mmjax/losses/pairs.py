@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from mmjax.errors import ConfigError
 from mmjax.losses.rows import Axis, Rows
 from mmjax.losses.sweep import blocks, join
-from mmjax.nn.functional import accumulator
+from mmjax.nn.products import accumulator
 
 Array = jax.Array
 BLOCK_SIZE = 512

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from mmjax.losses.pairs import Plan, all_mean, all_sum, group_ids, make_plan, once_only, tile_dots, weighted
 from mmjax.losses.rows import Axis
 from mmjax.losses.sweep import sweep, valid_pairs
-from mmjax.nn.functional import accumulator
+from mmjax.nn.products import accumulator
 
 Array = jax.Array
 

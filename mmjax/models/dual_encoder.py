@@ -13,8 +13,8 @@ from mmjax.language.text_encoder import TextOutput, TextTransformer
 from mmjax.models.assemblies import Model, example_ids, example_images, projection
 from mmjax.models.outputs import DualEncoderOutput
 from mmjax.nn import l2_normalize, param
-from mmjax.nn.functional import accumulator
 from mmjax.nn.initializers import Initializer
+from mmjax.nn.products import accumulator
 from mmjax.vision.transformer import VisionOutput, VisionTransformer
 
 Array = jax.Array

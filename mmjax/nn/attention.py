@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from mmjax.nn.functional import accumulator, by_rows, dropout
+from mmjax.nn.functional import dropout
 from mmjax.nn.functional import softcap as capped
+from mmjax.nn.products import batched_product, by_rows
 
 Array = jax.Array
 # Weights over more keys are made again in the backward pass: where layers are a loop, that takes less memory
@@ -92,21 +92,17 @@ def _attend(
 ) -> tuple[Array, Array]:
     batch, heads, length, width = query.shape
     kv_heads = key.shape[1]
-    sums = accumulator(query.dtype)
     # The queries that share a key head are rows of one product, so that no key is copied.
     grouped = query.reshape(batch, kv_heads, heads // kv_heads * length, width)
 
-    def product(pattern: str) -> Callable[[Array, Array], Array]:
-        return functools.partial(jnp.einsum, pattern, preferred_element_type=sums)
-
-    logits = by_rows(product("bkth,bksh->bkts"), grouped, key) * scale
+    logits = by_rows(lambda rows, key: batched_product(rows, key, 3, 3), grouped, key) * scale
     logits = capped(logits.reshape(batch, heads, length, -1), softcap)
     if mask is not None:
-        logits = jnp.where(mask, logits, jnp.finfo(sums).min)
+        logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
     dropped = dropout(weights, dropout_rate, dropout_key)
     dropped = dropped.reshape(*grouped.shape[:3], -1)
-    out = by_rows(product("bkts,bksh->bkth"), dropped, value)
+    out = by_rows(lambda rows, value: batched_product(rows, value, 3, 2), dropped, value)
     return out.astype(query.dtype).reshape(query.shape), weights
 
 

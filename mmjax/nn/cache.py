@@ -87,6 +87,28 @@ def write_slots(slots: Array, new: Array, cursor: Array) -> Array:
     return lax.dynamic_update_slice(slots, new.astype(slots.dtype), start)
 
 
+def first_slots(cache: KVCache, length: int) -> KVCache:
+    """The cache as if it had only its first `length` slots.
+
+    >>> first_slots(init_cache(2, 1, 3, 8, 4), 5).keys[0].shape
+    (1, 3, 5, 4)
+    """
+    keys, values = (tuple(x[:, :, :length] for x in slots) for slots in (cache.keys, cache.values))
+    return KVCache(keys, values, cache.mask[:, :length], cache.positions[:, :length], cache.cursor)
+
+
+def fill_slots(cache: KVCache, first: KVCache) -> KVCache:
+    """The cache with all that another holds in place of its first slots, and the other's cursor.
+
+    >>> fill_slots(init_cache(2, 1, 3, 8, 4), init_cache(2, 1, 3, 5, 4)).length
+    8
+    """
+    begin = jnp.zeros((), cache.cursor.dtype)
+    return jax.tree.map(
+        lambda whole, part: write_slots(whole, part, begin) if whole.ndim else part, cache, first
+    )
+
+
 def claim_slots(cache: KVCache, token_mask: Array) -> tuple[KVCache, Array]:
     """Mark the slots of new tokens; the cursor stays, since every layer still writes at it.
 

@@ -13,9 +13,9 @@ from jax import lax
 
 from mmjax.nn.activations import activation
 from mmjax.nn.config import Execution
-from mmjax.nn.functional import accumulator, by_rows
 from mmjax.nn.initializers import Initializer, lecun_normal
 from mmjax.nn.modules import Dense, param
+from mmjax.nn.products import accumulator, by_rows
 from mmjax.parallel import LogicalAxes
 
 Array = jax.Array

@@ -6,22 +6,17 @@ returns bfloat16 is slower on CPU than one that returns float32, and less exact 
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from mmjax.nn.kernels import StoredKernel
+from mmjax.nn.products import accumulator, kernel_product
 
 Array = jax.Array
-
-
-def accumulator(dtype: Any) -> Any:
-    """The dtype that sums over `dtype` run in: float32, or float64 for float64."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def dense(
@@ -48,70 +43,10 @@ def dense(
     if isinstance(kernel, StoredKernel):
         y = kernel.product(x.astype(dtype), dtype)
     else:
-        product = _product if accumulator(dtype) == dtype else _narrow_product
-        y = product(x.astype(dtype), kernel, dtype)
+        y = kernel_product(x.astype(dtype), kernel, dtype)
     if bias is not None:
         y = y + bias.astype(y.dtype)
     return y if keep_sums else y.astype(dtype)
-
-
-def _product(x: Array, kernel: Array, dtype: Any) -> Array:
-    """x [..., D] times kernel [D, F] with factors in `dtype`, summed and returned in at least float32."""
-
-    def product(x: Array, kernel: Array) -> Array:
-        contract = (((x.ndim - 1,), (0,)), ((), ()))
-        return lax.dot_general(x, kernel.astype(dtype), contract, preferred_element_type=accumulator(dtype))
-
-    return by_rows(product, x, kernel) if x.size == x.shape[-1] else product(x, kernel)
-
-
-def by_rows(product: Callable[[Array, Array], Array], x: Array, other: Array) -> Array:
-    """product(x, other), where one narrow row is computed twice on CPU: alone it takes eight times as long.
-
-    Args:
-        product: of rows [..., R, D] and something, to rows [..., R, F].
-        x: [..., R, D], or one row [D].
-        other: the second factor.
-
-    >>> by_rows(jnp.matmul, jnp.ones((1, 3), jnp.bfloat16), jnp.ones((3, 4), jnp.bfloat16)).shape
-    (1, 4)
-    """
-    one = x.ndim == 1 or x.shape[-2] == 1
-    if accumulator(x.dtype) == x.dtype or not one:
-        return product(x, other)
-
-    def twice(x: Array, other: Array) -> Array:
-        if x.ndim == 1:
-            return product(jnp.stack([x, x]), other)[0]
-        return product(jnp.concatenate([x, x], axis=-2), other)[..., :1, :]
-
-    return lax.platform_dependent(x, other, cpu=twice, default=product)
-
-
-# Autodiff would multiply the float32 gradient of a float32 sum, at half the speed or less: this rule narrows
-# it first. The kernel comes in its own dtype, so that its gradient keeps the float32 sum.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _narrow_product(x: Array, kernel: Array, dtype: Any) -> Array:
-    return _product(x, kernel, dtype)
-
-
-def _narrow_product_fwd(x: Array, kernel: Array, dtype: Any) -> tuple[Array, tuple[Array, Array]]:
-    return _product(x, kernel, dtype), (x, kernel)
-
-
-def _narrow_product_bwd(dtype: Any, factors: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
-    x, kernel = factors
-    g = g.astype(dtype)
-    dx = _product(g, kernel.T, dtype).astype(x.dtype)
-    # All rows' axes are contracted at once, not flattened: XLA on CPU then stays in the narrow dtype.
-    rows = tuple(range(x.ndim - 1))
-    dkernel = lax.dot_general(x, g, ((rows, rows), ((), ())), preferred_element_type=accumulator(dtype))
-    # The barrier keeps a later transpose apart: jaxlib 0.10 and 0.11 on CPU compile a bfloat16 product whose
-    # float32 sum is transposed to something that they cannot run.
-    return dx, lax.optimization_barrier(dkernel).astype(kernel.dtype)
-
-
-_narrow_product.defvjp(_narrow_product_fwd, _narrow_product_bwd)
 
 
 def layer_norm(x: Array, scale: Array | None, bias: Array | None, *, eps: float) -> Array:
@@ -197,3 +132,45 @@ def l2_normalize(x: Array) -> Array:
     """
     y = x.astype(accumulator(x.dtype))
     return (y / jnp.sqrt(jnp.sum(jnp.square(y), axis=-1, keepdims=True))).astype(x.dtype)
+
+
+def lookup(table: Array, ids: Array) -> Array:
+    """The rows of a table.
+
+    Args:
+        table: [V, D].
+        ids: int [...].
+
+    Returns:
+        [..., D] in the table's dtype; an id outside the table gives NaN, never another row.
+
+    Deviation: for a table narrower than float32 there is a reverse gradient only, no `jax.jvp`.
+
+    >>> lookup(jnp.array([[1.0], [2.0]]), jnp.array([1, 0, 7]))[:, 0].tolist()
+    [2.0, 1.0, nan]
+    """
+    return (_narrow_lookup if table.dtype.itemsize == 2 else _lookup)(table, ids)
+
+
+def _lookup(table: Array, ids: Array) -> Array:
+    return table.at[ids].get(mode="fill", fill_value=jnp.nan)
+
+
+# XLA on CPU widens a whole narrow table before it takes a few rows of it; bits are left alone.
+@jax.custom_vjp
+def _narrow_lookup(table: Array, ids: Array) -> Array:
+    bits = lax.bitcast_convert_type(table, jnp.uint16)
+    nan = np.array(np.nan, table.dtype).view(np.uint16)
+    return lax.bitcast_convert_type(bits.at[ids].get(mode="fill", fill_value=nan), table.dtype)
+
+
+def _narrow_lookup_fwd(table: Array, ids: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _narrow_lookup(table, ids), (table, ids)
+
+
+def _narrow_lookup_bwd(inputs: tuple[Array, Array], g: Array) -> tuple[Array, None]:
+    table, ids = inputs
+    return jax.vjp(lambda table: _lookup(table, ids), table)[1](g)[0], None
+
+
+_narrow_lookup.defvjp(_narrow_lookup_fwd, _narrow_lookup_bwd)

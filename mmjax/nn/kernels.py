@@ -106,7 +106,7 @@ class AdaptedKernel:
 
     def array(self) -> Array:
         """base + the sum of scale * a @ b, summed in at least float32; dropout plays no part."""
-        from mmjax.nn.functional import accumulator
+        from mmjax.nn.products import accumulator
 
         base = self.base if isinstance(self.base, jax.Array) else as_array(self.base)
         total = base.astype(accumulator(base.dtype))

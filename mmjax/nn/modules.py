@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from mmjax.nn.activations import activation
 from mmjax.nn.attention import attention, merge_heads, split_heads
 from mmjax.nn.config import Execution, TransformerConfig
-from mmjax.nn.functional import dense, dropout, layer_norm, rms_norm
+from mmjax.nn.functional import dense, dropout, layer_norm, lookup, rms_norm
 from mmjax.nn.initializers import Initializer, layer_kernel, lecun_normal, normal, ones, zeros
 from mmjax.nn.kernels import StoredKernel
 from mmjax.parallel import LogicalAxes
@@ -113,7 +113,7 @@ class Embedding(nn.Module):
 
     def __call__(self, ids: Array) -> Array:
         """int [...] to [..., D]; an id outside the table gives NaN, never another row."""
-        rows = self.embedding.at[ids].get(mode="fill", fill_value=jnp.nan)
+        rows = lookup(self.embedding, ids)
         return rows.astype(self.execution.dtype or rows.dtype)
 
 

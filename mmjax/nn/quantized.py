@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mmjax.nn.functional import accumulator
 from mmjax.nn.kernels import LAYER_KERNELS, StoredKernel, as_array, replace_kernels
+from mmjax.nn.products import accumulator
 
 Array = jax.Array
 _LARGEST = 127

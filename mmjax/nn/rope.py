@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.errors import ConfigError
-from mmjax.nn.functional import accumulator
+from mmjax.nn.products import accumulator
 
 Array = jax.Array
 

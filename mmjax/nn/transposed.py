@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mmjax.nn.functional import accumulator
 from mmjax.nn.kernels import LAYER_KERNELS, replace_kernels
+from mmjax.nn.products import accumulator
 
 Array = jax.Array
 # On CPU: fewer rows than the first take as long or longer; with more than the second the usual order is as

@@ -22,7 +22,7 @@ from mmjax.nn import (
     l2_normalize,
     layer_norm,
 )
-from mmjax.nn.functional import accumulator
+from mmjax.nn.products import accumulator
 
 RNG = np.random.default_rng(0)
 X = np.array([-30.0, -3.0, -1.0, -0.1, 0.0, 0.1, 1.0, 3.0, 30.0])
