@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import chex
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 
 from mmjax.nn.functional import dropout
 from mmjax.nn.functional import softcap as capped
-from mmjax.nn.products import batched_product, by_rows
+from mmjax.nn.products import batched_product, by_rows, is_narrow
 
 Array = jax.Array
 # Weights over more keys are made again in the backward pass: where layers are a loop, that takes less memory
@@ -74,6 +75,9 @@ def attention(
     chex.assert_rank([query, key, value], 4)
     chex.assert_equal_shape([key, value])
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if is_narrow(query.dtype) and softcap is None and (dropout_key is None or dropout_rate == 0.0):
+        weights = jax.nn.softmax(_logits(query, key, mask, scale, None)).astype(query.dtype)
+        return _narrow_attend(query, key, value, mask, scale), weights
     attend = functools.partial(_attend, scale=scale, softcap=softcap, dropout_rate=dropout_rate)
     kept = attend if key.shape[2] <= MOST_KEPT else jax.checkpoint(attend)
     return kept(query, key, value, mask, dropout_key)
@@ -90,20 +94,70 @@ def _attend(
     softcap: float | None,
     dropout_rate: float,
 ) -> tuple[Array, Array]:
-    batch, heads, length, width = query.shape
-    kv_heads = key.shape[1]
-    # The queries that share a key head are rows of one product, so that no key is copied.
-    grouped = query.reshape(batch, kv_heads, heads // kv_heads * length, width)
-
-    logits = by_rows(lambda rows, key: batched_product(rows, key, 3, 3), grouped, key) * scale
-    logits = capped(logits.reshape(batch, heads, length, -1), softcap)
-    if mask is not None:
-        logits = jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
+    logits = _logits(query, key, mask, scale, softcap)
     weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
-    dropped = dropout(weights, dropout_rate, dropout_key)
-    dropped = dropped.reshape(*grouped.shape[:3], -1)
-    out = by_rows(lambda rows, value: batched_product(rows, value, 3, 2), dropped, value)
-    return out.astype(query.dtype).reshape(query.shape), weights
+    return _mix(dropout(weights, dropout_rate, dropout_key), value), weights
+
+
+def _logits(query: Array, key: Array, mask: Array | None, scale: float, softcap: float | None) -> Array:
+    """[B, N, T, S] in at least float32."""
+    logits = by_rows(lambda rows, key: batched_product(rows, key, 3, 3), _grouped(query, key), key) * scale
+    logits = capped(logits.reshape(*query.shape[:3], -1), softcap)
+    return logits if mask is None else jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
+
+
+def _mix(weights: Array, value: Array) -> Array:
+    """Weights [B, N, T, S] times values [B, K, S, H]: [B, N, T, H] in the weights' dtype."""
+    rows = _grouped(weights, value)
+    out = by_rows(lambda rows, value: batched_product(rows, value, 3, 2), rows, value)
+    return out.astype(weights.dtype).reshape(*weights.shape[:3], -1)
+
+
+def _grouped(x: Array, key: Array) -> Array:
+    """[B, N, T, F] to [B, K, N/K * T, F]: the queries that share a key head are rows of one product, so that
+    no key is copied.
+    """
+    batch, heads, length, width = x.shape
+    kv_heads = key.shape[1]
+    return x.reshape(batch, kv_heads, heads // kv_heads * length, width)
+
+
+# Autodiff would write and read [N, T, S] in float32 many times. This rule keeps two numbers per query, makes
+# the weights again, and narrows what it multiplies (Dao 2023, "FlashAttention-2", section 3.1; no tiles).
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _narrow_attend(query: Array, key: Array, value: Array, mask: Array | None, scale: float) -> Array:
+    weights = jax.nn.softmax(_logits(query, key, mask, scale, None), axis=-1)
+    return _mix(weights.astype(query.dtype), value)
+
+
+def _narrow_attend_fwd(
+    query: Array, key: Array, value: Array, mask: Array | None, scale: float
+) -> tuple[Array, tuple[Any, ...]]:
+    logits = _logits(query, key, mask, scale, None)
+    highest = logits.max(axis=-1, keepdims=True)
+    total = jnp.exp(logits - highest).sum(axis=-1, keepdims=True)
+    out = _narrow_attend(query, key, value, mask, scale)
+    return out, (query, key, value, mask, out, highest, total)
+
+
+def _narrow_attend_bwd(scale: float, kept: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
+    query, key, value, mask, out, highest, total = kept
+    weights = jnp.exp(_logits(query, key, mask, scale, None) - highest) / total
+    wide = g.astype(weights.dtype)
+    rows = _grouped(g, key)
+    to_weights = batched_product(rows, value, 3, 3).reshape(weights.shape)
+    mean = (wide * out.astype(wide.dtype)).sum(axis=-1, keepdims=True)
+    to_logits = weights * (to_weights - mean) * scale
+    if mask is not None:
+        to_logits = jnp.where(mask, to_logits, 0)
+    to_logits = _grouped(to_logits.astype(g.dtype), key)
+    to_query = batched_product(to_logits, key, 3, 2).astype(query.dtype)
+    to_key = batched_product(to_logits, _grouped(query, key), 2, 2).astype(key.dtype)
+    to_value = batched_product(_grouped(weights.astype(g.dtype), key), rows, 2, 2).astype(value.dtype)
+    return to_query.reshape(query.shape), to_key, to_value, None
+
+
+_narrow_attend.defvjp(_narrow_attend_fwd, _narrow_attend_bwd)
 
 
 def causal_mask(length: int) -> Array:
