@@ -30,12 +30,13 @@ def batch_of(*lengths):
 
 @pytest.mark.parametrize("lengths", [(257, 40), (384, 383), (513, 129), (601, 600), (1024, 1)])
 @pytest.mark.parametrize("window", [None, 50])
-def test_pieces_are_the_whole(lengths, window):
+@pytest.mark.parametrize("fresh", [True, False])
+def test_pieces_are_the_whole(lengths, window, fresh):
     model, params = model_of(sliding_window=window)
     batch = batch_of(*lengths)
     inputs = prepare(batch).inputs
     cache = model.init_cache(2, inputs["attention_mask"].shape[1] + 16)
-    logits, cache = read_prompt(model, params, cache, inputs, jnp.int32(max(lengths)))
+    logits, cache = read_prompt(model, params, cache, inputs, jnp.int32(max(lengths)), fresh=fresh)
     whole = model.apply({"params": params}, **batch, cache=model.init_cache(2, cache.length))
     np.testing.assert_allclose(logits, whole.logits[:, -1], atol=2e-5, rtol=0)
     assert int(cache.cursor) == max(lengths) == int(whole.cache.cursor)
