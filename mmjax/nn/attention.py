@@ -96,7 +96,8 @@ def _attend(
 ) -> tuple[Array, Array]:
     logits = _logits(query, key, mask, scale, softcap)
     weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
-    return _mix(dropout(weights, dropout_rate, dropout_key), value), weights
+    out = _mix(dropout(weights, dropout_rate, dropout_key), value)
+    return out.astype(query.dtype), weights
 
 
 def _logits(query: Array, key: Array, mask: Array | None, scale: float, softcap: float | None) -> Array:
@@ -107,10 +108,10 @@ def _logits(query: Array, key: Array, mask: Array | None, scale: float, softcap:
 
 
 def _mix(weights: Array, value: Array) -> Array:
-    """Weights [B, N, T, S] times values [B, K, S, H]: [B, N, T, H] in the weights' dtype."""
+    """Weights [B, N, T, S] times values [B, K, S, H]: [B, N, T, H] in at least float32."""
     rows = _grouped(weights, value)
     out = by_rows(lambda rows, value: batched_product(rows, value, 3, 2), rows, value)
-    return out.astype(weights.dtype).reshape(*weights.shape[:3], -1)
+    return out.reshape(*weights.shape[:3], -1)
 
 
 def _grouped(x: Array, key: Array) -> Array:
@@ -127,7 +128,7 @@ def _grouped(x: Array, key: Array) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _narrow_attend(query: Array, key: Array, value: Array, mask: Array | None, scale: float) -> Array:
     weights = jax.nn.softmax(_logits(query, key, mask, scale, None), axis=-1)
-    return _mix(weights.astype(query.dtype), value)
+    return _mix(weights.astype(query.dtype), value).astype(query.dtype)
 
 
 def _narrow_attend_fwd(
@@ -136,8 +137,8 @@ def _narrow_attend_fwd(
     logits = _logits(query, key, mask, scale, None)
     highest = logits.max(axis=-1, keepdims=True)
     total = jnp.exp(logits - highest).sum(axis=-1, keepdims=True)
-    out = _narrow_attend(query, key, value, mask, scale)
-    return out, (query, key, value, mask, out, highest, total)
+    out = _mix(jax.nn.softmax(logits, axis=-1).astype(query.dtype), value)
+    return out.astype(query.dtype), (query, key, value, mask, out, highest, total)
 
 
 def _narrow_attend_bwd(scale: float, kept: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
@@ -146,7 +147,7 @@ def _narrow_attend_bwd(scale: float, kept: tuple[Any, ...], g: Array) -> tuple[A
     wide = g.astype(weights.dtype)
     rows = _grouped(g, key)
     to_weights = batched_product(rows, value, 3, 3).reshape(weights.shape)
-    mean = (wide * out.astype(wide.dtype)).sum(axis=-1, keepdims=True)
+    mean = (wide * out).sum(axis=-1, keepdims=True)
     to_logits = weights * (to_weights - mean) * scale
     if mask is not None:
         to_logits = jnp.where(mask, to_logits, 0)
