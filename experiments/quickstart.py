@@ -73,7 +73,7 @@ def experiment() -> Experiment:
             ),
             # Whoever has learned to say what is where learns far sooner to answer questions about it.
             Stage(name="description", loss=NextToken(), data=dialogues("caption"), rules=seeing, steps=300),
-            Stage(name="things", loss=NextToken(), data=dialogues("thing", draws=2), rules=seeing, steps=400),
+            Stage(name="things", loss=NextToken(), data=dialogues("thing", draws=2), rules=seeing, steps=800),
             Stage(name="instruction", loss=NextToken(), rules=seeing),
         ),
         # Without decay, pairs of a colour and a name that training never shows are said not to be there.
