@@ -183,7 +183,7 @@ def start(
     room: int,
     fresh: bool,
 ) -> DecodeState:
-    """Prefill alone, after what the cache holds; the cache given stays as it is."""
+    """Prefill alone, after what the cache holds (nothing, if `fresh`); the cache given stays as it is."""
     logits, cache = read_prompt(model, params, cache, inputs, prompt_length, fresh=fresh)
     return begin(plan, controls, logits, cache, text, copies, room)
 

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 
 from mmjax.nn.functional import dropout
 from mmjax.nn.functional import softcap as capped
-from mmjax.nn.products import batched_product, by_rows, is_narrow
+from mmjax.nn.products import batched_product, by_rows
 
 Array = jax.Array
-# Weights over more keys are made again in the backward pass: where layers are a loop, that takes less memory
-# and less time than to write and read them. (Of layers one by one, XLA on CPUs makes the same of both.)
+# Weights over more keys, in bfloat16 over any number, are made again in the backward pass: where layers are a
+# loop, that takes less memory and less time than to write and read them. (Of float32 layers one by one, XLA
+# on CPUs makes the same of both.)
 MOST_KEPT = 256
 
 
@@ -66,7 +67,7 @@ def attention(
     Returns:
         The output [B, N, T, H] and the weights before dropout [B, N, T, S], both in query's dtype.
 
-    Deviation: in a dtype narrower than float32 there is a reverse gradient only, no `jax.jvp`.
+    Deviation: in bfloat16 there is a reverse gradient only, no `jax.jvp`.
 
     Source: Vaswani et al. 2017, equation 1; grouped queries: Ainslie et al. 2023.
 
@@ -77,9 +78,10 @@ def attention(
     chex.assert_rank([query, key, value], 4)
     chex.assert_equal_shape([key, value])
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if is_narrow(query.dtype) and softcap is None and (dropout_key is None or dropout_rate == 0.0):
-        weights = jax.nn.softmax(_logits(query, key, mask, scale, None)).astype(query.dtype)
-        return _narrow_attend(query, key, value, mask, scale), weights
+    plain = softcap is None and (dropout_key is None or dropout_rate == 0.0)
+    if plain and query.dtype == jnp.bfloat16:
+        weights = jax.nn.softmax(_logits(query, key, mask, scale), axis=-1)
+        return _narrow_attend(query, key, value, mask, scale), weights.astype(query.dtype)
     attend = functools.partial(_attend, scale=scale, softcap=softcap, dropout_rate=dropout_rate)
     kept = attend if key.shape[2] <= MOST_KEPT else jax.checkpoint(attend)
     return kept(query, key, value, mask, dropout_key)
@@ -98,22 +100,23 @@ def _attend(
 ) -> tuple[Array, Array]:
     logits = _logits(query, key, mask, scale, softcap)
     weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
-    out = _mix(dropout(weights, dropout_rate, dropout_key), value)
+    out = _by_rows(dropout(weights, dropout_rate, dropout_key), value, 2)
     return out.astype(query.dtype), weights
 
 
-def _logits(query: Array, key: Array, mask: Array | None, scale: float, softcap: float | None) -> Array:
+def _logits(
+    query: Array, key: Array, mask: Array | None, scale: float, softcap: float | None = None
+) -> Array:
     """[B, N, T, S] in at least float32."""
-    logits = by_rows(lambda rows, key: batched_product(rows, key, 3, 3), _grouped(query, key), key) * scale
-    logits = capped(logits.reshape(*query.shape[:3], -1), softcap)
+    logits = _by_rows(query, key, 3) * scale
+    logits = capped(logits, softcap)
     return logits if mask is None else jnp.where(mask, logits, jnp.finfo(logits.dtype).min)
 
 
-def _mix(weights: Array, value: Array) -> Array:
-    """Weights [B, N, T, S] times values [B, K, S, H]: [B, N, T, H] in at least float32."""
-    rows = _grouped(weights, value)
-    out = by_rows(lambda rows, value: batched_product(rows, value, 3, 2), rows, value)
-    return out.reshape(*weights.shape[:3], -1)
+def _by_rows(x: Array, y: Array, y_axis: int) -> Array:
+    """Rows x [B, N, T, F] times y [B, K, ., .], summed over y's axis: [B, N, T, .] in at least float32."""
+    rows = by_rows(lambda x, y: batched_product(x, y, 3, y_axis), _grouped(x, y), y)
+    return rows.reshape(*x.shape[:3], -1)
 
 
 def _grouped(x: Array, key: Array) -> Array:
@@ -125,39 +128,36 @@ def _grouped(x: Array, key: Array) -> Array:
     return x.reshape(batch, kv_heads, heads // kv_heads * length, width)
 
 
-# Autodiff would write and read [N, T, S] in float32 many times. This rule keeps two numbers per query, makes
-# the weights again, and narrows what it multiplies (Dao 2023, "FlashAttention-2", section 3.1; no tiles).
+# Autodiff would write and read [N, T, S] in float32 many times. This rule keeps the output and two numbers
+# per query, makes the weights again, and narrows what it multiplies (Dao 2023, "FlashAttention-2", 3.1).
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _narrow_attend(query: Array, key: Array, value: Array, mask: Array | None, scale: float) -> Array:
-    weights = jax.nn.softmax(_logits(query, key, mask, scale, None), axis=-1)
-    return _mix(weights.astype(query.dtype), value).astype(query.dtype)
+    return _narrow_attend_fwd(query, key, value, mask, scale)[0]
 
 
 def _narrow_attend_fwd(
     query: Array, key: Array, value: Array, mask: Array | None, scale: float
 ) -> tuple[Array, tuple[Any, ...]]:
-    logits = _logits(query, key, mask, scale, None)
+    logits = _logits(query, key, mask, scale)
     highest = logits.max(axis=-1, keepdims=True)
-    total = jnp.exp(logits - highest).sum(axis=-1, keepdims=True)
-    out = _mix(jax.nn.softmax(logits, axis=-1).astype(query.dtype), value)
+    powers = jnp.exp(logits - highest)
+    total = powers.sum(axis=-1, keepdims=True)
+    out = _by_rows((powers / total).astype(query.dtype), value, 2)
     return out.astype(query.dtype), (query, key, value, mask, out, highest, total)
 
 
 def _narrow_attend_bwd(scale: float, kept: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
     query, key, value, mask, out, highest, total = kept
-    weights = jnp.exp(_logits(query, key, mask, scale, None) - highest) / total
-    wide = g.astype(weights.dtype)
-    rows = _grouped(g, key)
-    to_weights = batched_product(rows, value, 3, 3).reshape(weights.shape)
-    mean = (wide * out).sum(axis=-1, keepdims=True)
-    to_logits = weights * (to_weights - mean) * scale
+    weights = jnp.exp(_logits(query, key, mask, scale) - highest) / total
+    mean = (g.astype(out.dtype) * out).sum(axis=-1, keepdims=True)
+    to_logits = weights * (_by_rows(g, value, 3) - mean) * scale
     if mask is not None:
         to_logits = jnp.where(mask, to_logits, 0)
-    to_logits = _grouped(to_logits.astype(g.dtype), key)
-    to_query = batched_product(to_logits, key, 3, 2).astype(query.dtype)
-    to_key = batched_product(to_logits, _grouped(query, key), 2, 2).astype(key.dtype)
-    to_value = batched_product(_grouped(weights.astype(g.dtype), key), rows, 2, 2).astype(value.dtype)
-    return to_query.reshape(query.shape), to_key, to_value, None
+    to_logits, weights = (x.astype(g.dtype) for x in (to_logits, weights))
+    to_query = _by_rows(to_logits, key, 2)
+    to_key = batched_product(_grouped(to_logits, key), _grouped(query, key), 2, 2)
+    to_value = batched_product(_grouped(weights, key), _grouped(g, key), 2, 2)
+    return to_query.astype(query.dtype), to_key.astype(key.dtype), to_value.astype(value.dtype), None
 
 
 _narrow_attend.defvjp(_narrow_attend_fwd, _narrow_attend_bwd)

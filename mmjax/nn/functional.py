@@ -151,9 +151,9 @@ def lookup(table: Array, ids: Array) -> Array:
         ids: int [...].
 
     Returns:
-        [..., D] in the table's dtype; an id outside the table gives NaN, never another row.
+        [..., D] in the table's dtype; an id of V or more gives NaN, a negative one counts from the end.
 
-    Deviation: for a table narrower than float32 there is a reverse gradient only, no `jax.jvp`.
+    Deviation: for a table of 16-bit numbers there is a reverse gradient only, no `jax.jvp`.
 
     >>> lookup(jnp.array([[1.0], [2.0]]), jnp.array([1, 0, 7]))[:, 0].tolist()
     [2.0, 1.0, nan]
@@ -169,7 +169,7 @@ def _lookup(table: Array, ids: Array) -> Array:
 @jax.custom_vjp
 def _narrow_lookup(table: Array, ids: Array) -> Array:
     bits = lax.bitcast_convert_type(table, jnp.uint16)
-    nan = np.array(np.nan, table.dtype).view(np.uint16)
+    nan = int(np.array(np.nan, table.dtype).view(np.uint16))
     return lax.bitcast_convert_type(bits.at[ids].get(mode="fill", fill_value=nan), table.dtype)
 
 

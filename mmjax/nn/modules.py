@@ -112,7 +112,7 @@ class Embedding(nn.Module):
         return self.embedding.astype(self.execution.dtype or self.embedding.dtype)
 
     def __call__(self, ids: Array) -> Array:
-        """int [...] to [..., D]; an id outside the table gives NaN, never another row."""
+        """int [...] to [..., D]; an id beyond the table gives NaN, never another row."""
         rows = lookup(self.embedding, ids)
         return rows.astype(self.execution.dtype or rows.dtype)
 

@@ -2,7 +2,7 @@
 
 XLA's CPU backend multiplies narrow factors as they are, on processors that can, only where it likes the form
 of the product; any other form it widens to float32 first, at a quarter of the speed or less. The forms here
-are those that it likes, in both directions; other backends make the same of all forms.
+are those that it likes, in both directions; to other backends all forms are one.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ def kernel_product(x: Array, kernel: Array, dtype: Any) -> Array:
 def batched_product(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
     """Sum over an axis of x and one of y, for every batch row and head.
 
+    The gradient of a bfloat16 product is of bfloat16 factors; float16 has not the range for that.
+
     Args:
         x, y: [B, K, I, J] and [B, K, S, H], of one dtype.
         x_axis, y_axis: 2 or 3, the axes that are summed over.
@@ -50,12 +52,12 @@ def batched_product(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
     Returns:
         [B, K, I or J, S or H], the axes that stay, in at least float32.
 
-    Deviation: with a dtype narrower than float32 there is a reverse gradient only, no `jax.jvp`.
+    Deviation: in bfloat16 there is a reverse gradient only, no `jax.jvp`.
 
     >>> batched_product(jnp.ones((1, 2, 3, 4)), jnp.ones((1, 2, 5, 4)), 3, 3).shape
     (1, 2, 3, 5)
     """
-    return (_narrow_batched if is_narrow(x.dtype) else _batched)(x, y, x_axis, y_axis)
+    return (_narrow_batched if x.dtype == jnp.bfloat16 else _batched)(x, y, x_axis, y_axis)
 
 
 def by_rows(product: Callable[[Array, Array], Array], x: Array, other: Array) -> Array:
@@ -133,10 +135,10 @@ def _narrow_batched(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
         return _narrow_batched(y, x, y_axis, x_axis).swapaxes(2, 3)
     # With a second axis to sum over, of one entry, it takes any order of axes as it is. It then may turn the
     # second factor, too: not worth it for a few queries of a whole cache, which lies in order.
-    if x_axis != y_axis or x.shape[2] >= y.shape[2]:
-        x, y, x_axis, y_axis = x[:, :, None], y[:, :, None], x_axis + 1, y_axis + 1
-    summed = tuple((2, axis) if x.ndim == 5 else (axis,) for axis in (x_axis, y_axis))
-    contract = (summed, ((0, 1), (0, 1)))
+    if x_axis == y_axis == 3 and x.shape[2] < y.shape[2]:
+        return _apart(_batched(x, y, x_axis, y_axis))
+    x, y = jnp.expand_dims(x, 2), jnp.expand_dims(y, 2)
+    contract = (((2, x_axis + 1), (2, y_axis + 1)), ((0, 1), (0, 1)))
     return _apart(lax.dot_general(x, y, contract, preferred_element_type=accumulator(x.dtype)))
 
 
@@ -162,4 +164,4 @@ def _apart(sums: Array) -> Array:
     """The sums, kept from a later transpose: jaxlib 0.10 and 0.11 on CPU compile a bfloat16 product whose
     float32 sum is transposed to something that they cannot run.
     """
-    return lax.optimization_barrier(sums)
+    return lax.platform_dependent(sums, cpu=lax.optimization_barrier, default=lambda sums: sums)

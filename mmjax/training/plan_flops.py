@@ -119,8 +119,11 @@ def _product(equation: Any, multiplied: float) -> Work:
 
 
 def _dot(equation: Any) -> Work:
-    (contracted, _), _ = equation.params["dimension_numbers"]
-    left = equation.invars[0].aval.shape
+    (contracted, others), (batch, _) = equation.params["dimension_numbers"]
+    left, right = (variable.aval.shape for variable in equation.invars)
+    rows, columns = (len(x) - len(axes) - len(batch) for x, axes in ((left, contracted), (right, others)))
+    if not contracted or not (rows or columns):
+        return Work()  # Factors entry by entry, or sums of such: fused, as all else that is no product.
     return _product(equation, math.prod(left[axis] for axis in contracted))
 
 

@@ -207,7 +207,7 @@ def test_narrow_dense_gradients_are_products_of_narrow_factors(dtype, rows):
 
 
 def test_narrow_dense_gradients_may_be_transposed():
-    """XLA on CPU compiles a transposed bfloat16 product to something it cannot run; see `dense`."""
+    """XLA on CPU compiles a transposed bfloat16 product to something it cannot run."""
     x, kernel = jnp.ones((2, 5, 4), "bfloat16"), jnp.ones((4, 6))
 
     @jax.jit

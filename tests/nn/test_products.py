@@ -85,25 +85,57 @@ def test_under_vmap_it_is_the_same():
 MASKS = {
     "none": None,
     "causal": np.tril(np.ones((7, 7), bool))[None, None],
-    "a row that sees nothing": (np.arange(7) != 2)[None, None, :, None] & (np.arange(7) < 5)[None, None, None],
+    "a row that sees nothing": (np.arange(7) != 2)[None, None, :, None]
+    & (np.arange(7) < 5)[None, None, None],
 }
+
+
+def pull(query, key, value, g, mask, **options):
+    """The output and the gradients of attention."""
+    out, back = jax.vjp(lambda *x: attention(*x, mask, **options)[0], query, key, value)
+    return out, *back(g)
+
+
+def narrow_inputs(queries, keys, kv_heads, dtype=jnp.bfloat16):
+    """Query, key, value and a cotangent."""
+    sizes = ((queries, 4), (keys, kv_heads), (keys, kv_heads), (queries, 4))
+    return [jnp.asarray(RNG.standard_normal((2, heads, length, 8)), dtype) for length, heads in sizes]
 
 
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_attention_in_bfloat16_has_the_gradient_of_float32(kv_heads, name):
-    query, out = (RNG.standard_normal((2, 4, 7, 8)) for _ in range(2))
-    key, value = RNG.standard_normal((2, 2, kv_heads, 7, 8))
-    narrow = [jnp.bfloat16(x) for x in (query, key, value, out)]
-
-    def pull(query, key, value, out):
-        made, back = jax.vjp(lambda *x: attention(*x, MASKS[name], scale=0.7)[0], query, key, value)
-        return made, *back(out)
-
-    exact = pull(*(jnp.float32(x) for x in narrow))
-    for made, want in zip(jax.jit(pull)(*narrow), exact, strict=True):
+@pytest.mark.parametrize("options", [{"scale": 0.7}, {"softcap": 2.0}], ids=["plain", "softcap"])
+def test_attention_in_bfloat16_has_the_gradient_of_float32(options, kv_heads, name):
+    narrow = narrow_inputs(7, 7, kv_heads)
+    exact = pull(*(x.astype(jnp.float32) for x in narrow), MASKS[name], **options)
+    for made, want in zip(jax.jit(lambda *x: pull(*x, MASKS[name], **options))(*narrow), exact, strict=True):
         assert made.dtype == jnp.bfloat16
         np.testing.assert_allclose(np.float32(made), want, rtol=0, atol=2e-2 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("queries, keys", [(1, 7), (3, 300)])
+def test_so_have_one_query_and_many_keys_and_vmap(queries, keys):
+    narrow = narrow_inputs(queries, keys, 2)
+    mask = (np.arange(keys) % 3 > 0)[None, None, None]
+    exact = pull(*(x.astype(jnp.float32) for x in narrow), mask)
+    mapped = jax.vmap(lambda *x: pull(*x, mask))(*(jnp.stack([x, x]) for x in narrow))
+    for made, twice, want in zip(pull(*narrow, mask), mapped, exact, strict=True):
+        for mine in (made, *twice):
+            np.testing.assert_allclose(np.float32(mine), want, rtol=0, atol=2e-2 * np.abs(want).max())
+
+
+def test_attention_in_float16_keeps_small_gradients():
+    query, key, value, g = narrow_inputs(256, 256, 4, jnp.float16)
+    g = g * jnp.float16(1e-5)
+    exact = pull(*(x.astype(jnp.float32) for x in (query, key, value, g)), None)
+    for made, want in zip(pull(query, key, value, g, None)[1:], exact[1:], strict=True):
+        np.testing.assert_allclose(np.float32(made), want, rtol=0, atol=5e-2 * np.abs(want).max())
+
+
+def test_attention_in_bfloat16_keeps_no_weights():
+    narrow = narrow_inputs(64, 64, 4)
+    _, back = jax.vjp(lambda *x: attention(*x)[0], *narrow[:3])
+    assert max(x.size for x in jax.tree.leaves(back) if hasattr(x, "size")) < 2 * 4 * 64 * 64
 
 
 def test_attention_weights_have_a_gradient_in_bfloat16():

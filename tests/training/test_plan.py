@@ -16,6 +16,7 @@ from mmjax import losses
 from mmjax.cli import main
 from mmjax.errors import ConfigError
 from mmjax.losses.pairs import FINE_PAIRS
+from mmjax.nn import rms_norm
 from mmjax.parallel import make_mesh
 from mmjax.training.cli import load_experiment
 from mmjax.training.plan_chips import CHIPS, find_chip
@@ -61,6 +62,14 @@ def test_a_convolution_is_counted() -> None:
 
     work = count_work(f, shape(3, 8, 6, 5), shape(2, 2, 5, 7))
     assert work.total_flops == 2 * (3 * 4 * 3 * 7) * (2 * 2 * 5)
+
+
+def test_products_of_entries_and_their_sums_are_no_products():
+    def norm(x, scale):
+        return rms_norm(x, scale, eps=1e-6).sum()
+
+    work = count_work(jax.grad(norm, (0, 1)), shape(3, 4), shape(4))
+    assert (work.total_flops, work.bytes) == (0, 0)
 
 
 def test_loops_branches_remat_and_custom_gradients_are_followed() -> None:
