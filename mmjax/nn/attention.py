@@ -128,8 +128,8 @@ def _grouped(x: Array, key: Array) -> Array:
     return x.reshape(batch, kv_heads, heads // kv_heads * length, width)
 
 
-# Autodiff would write and read [N, T, S] in float32 many times. This rule keeps the output and two numbers
-# per query, makes the weights again, and narrows what it multiplies (Dao 2023, "FlashAttention-2", 3.1).
+# Autodiff would write and read [N, T, S] in float32 many times. This rule keeps two numbers per query,
+# makes weights and output again, and narrows what it multiplies (Dao 2023, "FlashAttention-2", 3.1).
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _narrow_attend(query: Array, key: Array, value: Array, mask: Array | None, scale: float) -> Array:
     return _narrow_attend_fwd(query, key, value, mask, scale)[0]
@@ -143,20 +143,22 @@ def _narrow_attend_fwd(
     powers = jnp.exp(logits - highest)
     total = powers.sum(axis=-1, keepdims=True)
     out = _by_rows((powers / total).astype(query.dtype), value, 2)
-    return out.astype(query.dtype), (query, key, value, mask, out, highest, total)
+    return out.astype(query.dtype), (query, key, value, mask, highest, total)
 
 
 def _narrow_attend_bwd(scale: float, kept: tuple[Any, ...], g: Array) -> tuple[Array | None, ...]:
-    query, key, value, mask, out, highest, total = kept
+    query, key, value, mask, highest, total = kept
     weights = jnp.exp(_logits(query, key, mask, scale) - highest) / total
+    narrow = weights.astype(g.dtype)
+    out = _by_rows(narrow, value, 2)
     mean = (g.astype(out.dtype) * out).sum(axis=-1, keepdims=True)
     to_logits = weights * (_by_rows(g, value, 3) - mean) * scale
     if mask is not None:
         to_logits = jnp.where(mask, to_logits, 0)
-    to_logits, weights = (x.astype(g.dtype) for x in (to_logits, weights))
+    to_logits = to_logits.astype(g.dtype)
     to_query = _by_rows(to_logits, key, 2)
     to_key = batched_product(_grouped(to_logits, key), _grouped(query, key), 2, 2)
-    to_value = batched_product(_grouped(weights, key), _grouped(g, key), 2, 2)
+    to_value = batched_product(_grouped(narrow, key), _grouped(g, key), 2, 2)
     return to_query.astype(query.dtype), to_key.astype(key.dtype), to_value.astype(value.dtype), None
 
 
