@@ -52,15 +52,15 @@ def read_prompt(
         at = jnp.clip(length - 1 - begin, 0, size - 1)
         return lax.dynamic_index_in_dim(hidden, at, axis=1, keepdims=False), cache
 
-    def read_more(state: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
-        begin, _, cache = state
-        return begin + size, *read(cache, begin, size)
+    def read_more(state: tuple[Array, Any], begin: Array) -> tuple[tuple[Array, Any], None]:
+        return lax.cond(begin < length, lambda: read(state[1], begin, size), lambda: state), None
 
     half = mask.shape[1] // 2
     size = max(PIECE, half // 4)
     last, part = read(first_slots(cache, half) if fresh else cache, 0, half)
-    state = jnp.int32(half), last, fill_slots(cache, part) if fresh else part
-    _, last, cache = lax.while_loop(lambda state: state[0] < length, read_more, state)
+    state = last, fill_slots(cache, part) if fresh else part
+    # A scan and no while_loop, which has no gradient.
+    (last, cache), _ = lax.scan(read_more, state, jnp.arange(half, 2 * half, size, dtype=jnp.int32))
     logits = model.apply({"params": params}, last, method="logits")
     return logits, cache.replace(cursor=cursor + length)
 

@@ -54,10 +54,11 @@ def test_a_table_by_hand_and_answers_as_an_array():
     assert scores.mask.tolist() == [[[True, True, False], [True] * 3, [True, False, False]]]
 
 
-def test_preferences_can_be_learned():
-    """The gradient through the cache is that of the plain forward."""
+@pytest.mark.parametrize("length", [6, 300])
+def test_preferences_can_be_learned(length):
+    """The gradient through the cache is that of the plain forward, long prompts read in pieces included."""
     model, params = language_model()
-    batch, answers = prompts((6,)), [[[5, 6, 7], [8, 9, 10]]]
+    batch, answers = prompts((length,)), [[[5, 6, 7], [8, 9, 10]]]
 
     def margin(params):
         total = mmjax.score(model, params, batch, answers).total
