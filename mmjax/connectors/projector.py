@@ -7,6 +7,7 @@ import jax
 
 from mmjax.errors import ConfigError
 from mmjax.nn import Dense, Execution, activation
+from mmjax.parallel import shard_rows
 
 Array = jax.Array
 
@@ -48,9 +49,9 @@ class Projector(nn.Module):
             return Dense(self.features, axes, use_bias=self.use_bias, execution=self.execution, name=name)
 
         if self.kind == "linear":
-            return linear("linear_1", (None, "embed"))(x)
+            return shard_rows(linear("linear_1", (None, "embed"))(x))
         x = activation(self.act)(linear("linear_1", (None, "mlp"))(x))
-        return linear("linear_2", ("mlp", "embed"))(x)
+        return shard_rows(linear("linear_2", ("mlp", "embed"))(x))
 
 
 __all__ = ["PROJECTORS", "Projector"]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from mmjax.nn.config import Execution, TransformerConfig
 from mmjax.nn.modules import EncoderLayer
+from mmjax.parallel import shard_rows
 
 Array = jax.Array
 
@@ -90,7 +91,7 @@ def run_layers(
 
     Args:
         run: (x, *what the layer has) to the next x and whatever else is to be kept of the layer.
-        x: [B, T, D].
+        x: [B, T, D]; its rows stay split between devices, see `mmjax.parallel.shard_rows`.
         layers: per layer what it has, pytrees of arrays: parameters, a key, a part of the cache.
         scan: one compiled layer in a loop, if all have the same shapes; otherwise one after the other.
 
@@ -101,7 +102,12 @@ def run_layers(
     >>> float(y[0]), len(kept)
     (3.0, 2)
     """
-    return (_scanned if scan and len(layers) > 1 else _unrolled)(run, x, layers)
+
+    def run_rows(x: Array, *layer: Any) -> tuple[Array, Any]:
+        return run(shard_rows(x), *layer)
+
+    x, kept = (_scanned if scan and len(layers) > 1 else _unrolled)(run_rows, x, layers)
+    return shard_rows(x), kept
 
 
 def _unrolled(run: Any, x: Array, layers: Sequence[tuple[Any, ...]]) -> tuple[Array, list[Any]]:

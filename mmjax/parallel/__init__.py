@@ -1,7 +1,15 @@
 """The device mesh and the one table of sharding rules."""
 
 from mmjax.parallel.memory import keep_freed_memory
-from mmjax.parallel.mesh import BATCH_AXES, MESH_AXES, auto_mesh, batch_sharding, make_mesh, replicated
+from mmjax.parallel.mesh import (
+    BATCH_AXES,
+    MESH_AXES,
+    auto_mesh,
+    batch_sharding,
+    make_mesh,
+    replicated,
+    shard_rows,
+)
 from mmjax.parallel.sharding import SHARDING_RULES, param_shardings, partition_spec
 from mmjax.parallel.specs import LogicalAxes, ParamSpec
 
@@ -18,4 +26,5 @@ __all__ = [
     "param_shardings",
     "partition_spec",
     "replicated",
+    "shard_rows",
 ]

@@ -73,6 +73,32 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def shard_rows(x: jax.Array, axis: int = 0) -> jax.Array:
+    """Activations [B, ...], whose rows stay split over the batch axes of the mesh that is set, if one is.
+
+    A kernel that is split by fsdp can be multiplied in two ways: gathered, or as it lies, which makes every
+    device compute a part of every row's features and send whole activations to add them up. Left to itself
+    the compiler may take the second, that sends many times as much. `mmjax train` sets its mesh; elsewhere
+    `jax.set_mesh` or `jax.sharding.use_abstract_mesh` does. Mesh axes that are not of type Auto are left
+    alone, and so are rows that they do not divide.
+
+    Args:
+        x: of any shape.
+        axis: the one that is split, where it is not the first: columns, where every row is looked up.
+
+    >>> shard_rows(jax.numpy.ones((2, 3))).shape
+    (2, 3)
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    axes = tuple(name for name in BATCH_AXES if kinds.get(name) == AxisType.Auto and mesh.shape[name] > 1)
+    if not axes or x.shape[axis] % math.prod(mesh.shape[name] for name in axes):
+        return x
+    spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * x.ndim
+    spec[axis] = axes
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of what every device holds whole: keys, counters, metrics."""
     return NamedSharding(mesh, PartitionSpec())

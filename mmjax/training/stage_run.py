@@ -128,7 +128,9 @@ class StageRun:
                 rates={name: schedules[index] for index, name in self._names.items()},
                 mesh=self.mesh if self._ways > 1 else None,
             )
-            return train_step(state, batch)
+            # Said to the layers, so that they keep their rows split.
+            with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+                return train_step(state, batch)
 
         same = replicated(self.mesh)
         return jax.jit(

@@ -21,6 +21,7 @@ from mmjax.parallel import (
     param_shardings,
     partition_spec,
     replicated,
+    shard_rows,
 )
 from tests.tiny import MODELS
 
@@ -187,3 +188,25 @@ def test_every_large_kernel_of_every_model_is_split(name):
     for path in specs:
         if path.endswith(("/kernel", "/embedding")) and "classifier" not in path:
             assert path in split, path
+
+
+@pytest.mark.parametrize(
+    ("rows", "axis", "kind", "spec"),
+    [
+        (8, 0, AxisType.Auto, (("data", "fsdp"),)),
+        (8, -1, AxisType.Auto, (None, ("data", "fsdp"))),
+        (6, 0, AxisType.Auto, ()),
+        (8, 0, AxisType.Explicit, ()),
+    ],
+)
+def test_rows_are_split_where_the_mesh_that_is_set_can(rows, axis, kind, spec):
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2, 2), MESH_AXES, axis_types=(kind,) * 3)
+    x = np.arange(rows * 4, dtype=np.float32).reshape(rows, 4)
+    with jax.set_mesh(mesh):
+        y = jax.jit(lambda x: shard_rows(x, axis))(x)
+    np.testing.assert_array_equal(y, x)
+    assert tuple(y.sharding.spec) == spec
+
+
+def test_rows_are_left_alone_where_no_mesh_is_set():
+    assert "sharding" not in str(jax.make_jaxpr(shard_rows)(np.ones((8, 4))))

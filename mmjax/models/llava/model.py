@@ -18,6 +18,7 @@ from mmjax.models.llava.config import LlavaConfig
 from mmjax.models.llava.layout import index_of_batch, layout_arrays
 from mmjax.nn import KVCache, param
 from mmjax.nn.initializers import normal
+from mmjax.parallel import shard_rows
 from mmjax.vision.transformer import VisionTransformer
 
 Array = jax.Array
@@ -186,12 +187,14 @@ class Llava(Model):
                 image_index, image_weights = index_of_batch(
                     self.config, input_ids, seen, videos, image_sizes, batch_num_images
                 )
-            table = self._table(seen, videos)
+            # Any row may look at any other's images: columns are split, so that nobody needs the whole table.
+            table = shard_rows(self._table(seen, videos), axis=-1)
             if inputs_embeds is None:
                 # An image's id may lie outside of the vocabulary.
                 ids: Any = input_ids
                 inputs_embeds = self.embed_tokens(jnp.where(image_index[..., 0] >= 0, 0, ids))
-            return merge_features(inputs_embeds, table, image_index, image_weights), seen
+            merged = merge_features(inputs_embeds, table, image_index, image_weights)
+            return shard_rows(shard_rows(merged, axis=-1)), seen
         return self.language_model.embed_inputs(input_ids, inputs_embeds=inputs_embeds), None
 
     def decode(
