@@ -317,18 +317,19 @@ def draw_preview(outcome: Outcome, path: Path) -> None:
 def _draw_scenes(figure: Any, outcome: Outcome) -> None:
     """A question each about nine scenes; lighter cells are where the answer looked."""
     from mmjax.data import make_scene, scene_questions
-    from mmjax.evaluation import answer_questions, attention_to_image
+    from mmjax.evaluation import answer_questions, attention_to_images
 
     parts = (outcome.model, outcome.params, outcome.processor)
     scenes = [make_scene(number, "test", image_size=IMAGE_SIZE) for number in range(9)]
     asked = [scene_questions(scene)[0] for scene in scenes]
     images, texts = [scene.draw() for scene in scenes], [question.text for question in asked]
-    answers = answer_questions(*parts, images, texts, max_new_tokens=4, batch_size=len(images))
+    answers = answer_questions(*parts, images, texts, max_new_tokens=4)
+    looked = attention_to_images(*parts, images, texts)
     cells = IMAGE_SIZE // PATCH
-    for axis, image, question, answer in zip(figure.subplots(3, 3).flat, images, asked, answers, strict=True):
-        looked = attention_to_image(*parts, image, question.text).reshape(cells, cells)
+    shown = zip(figure.subplots(3, 3).flat, images, asked, answers, looked, strict=True)
+    for axis, image, question, answer, shares in shown:
         axis.imshow(np.asarray(image))
-        shade = np.kron(looked / looked.max(), np.ones((PATCH, PATCH)))
+        shade = np.kron((shares / shares.max()).reshape(cells, cells), np.ones((PATCH, PATCH)))
         axis.imshow(np.ones_like(shade), cmap="gray", vmin=0, vmax=1, alpha=0.45 * shade)
         axis.set_xticks([])
         axis.set_yticks([])

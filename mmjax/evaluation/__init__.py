@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from mmjax.lazy import attach
 
 if TYPE_CHECKING:
-    from mmjax.evaluation.answering import accuracy_by_kind, answer_questions, attention_to_image
+    from mmjax.evaluation.answering import accuracy_by_kind, answer_questions, attention_to_images
     from mmjax.evaluation.embed import embed_images, embed_texts
     from mmjax.evaluation.linear_probe import LinearProbe, fit_linear_probe
     from mmjax.evaluation.metrics import accuracy, confusion_matrix, label_ranks, top_k_accuracy
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
-    "answering": ("accuracy_by_kind", "answer_questions", "attention_to_image"),
+    "answering": ("accuracy_by_kind", "answer_questions", "attention_to_images"),
     "embed": ("embed_images", "embed_texts"),
     "linear_probe": ("LinearProbe", "fit_linear_probe"),
     "metrics": ("accuracy", "confusion_matrix", "label_ranks", "top_k_accuracy"),
@@ -51,7 +51,7 @@ __all__ = [
     "accuracy",
     "accuracy_by_kind",
     "answer_questions",
-    "attention_to_image",
+    "attention_to_images",
     "confusion_matrix",
     "embed_examples",
     "embed_images",

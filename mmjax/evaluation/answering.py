@@ -43,19 +43,14 @@ def answer_questions(
     """
     from mmjax.generation import generate
 
-    if len(images) != len(questions):
-        raise DataError(f"{len(images)} images for {len(questions)} questions: give one for each")
+    _check_pairs(images, questions)
     answers = [""] * len(questions)
     order = sorted(range(len(questions)), key=lambda number: len(questions[number]))
     for first in range(0, len(order), batch_size):
         numbers = order[first : first + batch_size]
         # The last batch is filled up, so that its program is the others'.
         rows = [numbers[min(place, len(numbers) - 1)] for place in range(batch_size)]
-        batch = processor(
-            messages=[_asked(questions[number]) for number in rows],
-            images=[[images[number]] for number in rows],
-            padding=True,
-        )
+        batch = _prompts(processor, [images[row] for row in rows], [questions[row] for row in rows])
         tokens = np.asarray(generate(model, params, batch, max_new_tokens=max_new_tokens))
         said = processor.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         for number, text in zip(numbers, said, strict=False):
@@ -63,29 +58,37 @@ def answer_questions(
     return answers
 
 
-def attention_to_image(
-    model: Any, params: Mapping[str, Any], processor: Any, image: Any, question: str
-) -> np.ndarray:
-    """How much the token before the answer looked at each feature of the image.
+def attention_to_images(
+    model: Any, params: Mapping[str, Any], processor: Any, images: Sequence[Any], questions: Sequence[str]
+) -> list[np.ndarray]:
+    """How much the token before an answer looked at each feature of the image.
 
     Args:
         model, params, processor: of a LLaVA model whose images are one tile.
-        image, question: what is asked.
+        images: N of them, as the processor takes them.
+        questions: N texts, each about an image of its own.
 
     Returns:
-        float32 [P], the mean over layers and heads, made to add up to 1.
+        For each question float32 [P], the mean over layers and heads, made to add up to 1.
 
     Raises:
-        DataError: the prompt has no feature of an image.
+        DataError: not as many images as questions, or a prompt has no feature of an image.
     """
-    batch = processor(messages=[_asked(question)], images=[[image]])
-    out = model.apply({"params": params}, **batch, output_attentions=True)
-    here = np.flatnonzero(np.asarray(batch["image_index"])[0, :, 0] >= 0)
-    if not len(here):
-        raise DataError("attention_to_image: the prompt has no feature of an image")
-    last = np.mean([np.asarray(layer, np.float32)[0, :, -1, here] for layer in out.attentions], axis=0)
-    seen = last.reshape(len(here), -1).mean(axis=-1)
-    return (seen / seen.sum()).astype(np.float32)
+    import jax
+
+    _check_pairs(images, questions)
+    batch = dict(_prompts(processor, images, questions))
+    look = jax.jit(lambda params, batch: model.apply({"params": params}, **batch, output_attentions=True))
+    layers = [np.asarray(layer, np.float32) for layer in look(params, batch).attentions]
+    ends = batch["attention_mask"].shape[1] - 1 - np.argmax(batch["attention_mask"][:, ::-1], axis=1)
+    found = []
+    for row, end in enumerate(ends):
+        here = np.flatnonzero(np.asarray(batch["image_index"])[row, :, 0] >= 0)
+        if not len(here):
+            raise DataError("attention_to_images: the prompt has no feature of an image")
+        seen = np.mean([layer[row, :, end, here] for layer in layers], axis=(0, 2))
+        found.append((seen / seen.sum()).astype(np.float32))
+    return found
 
 
 def accuracy_by_kind(kinds: Iterable[str], answers: Iterable[str], truths: Iterable[str]) -> dict[str, float]:
@@ -101,5 +104,16 @@ def accuracy_by_kind(kinds: Iterable[str], answers: Iterable[str], truths: Itera
     return {kind: float(np.mean(found)) for kind, found in sorted(right.items())}
 
 
-def _asked(question: str) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+def _check_pairs(images: Sequence[Any], questions: Sequence[str]) -> None:
+    if len(images) != len(questions):
+        raise DataError(f"{len(images)} images for {len(questions)} questions: give one for each")
+
+
+def _prompts(processor: Any, images: Sequence[Any], questions: Sequence[str]) -> Any:
+    """A batch of questions, each with its image."""
+    turns = [[{"type": "image"}, {"type": "text", "text": question}] for question in questions]
+    return processor(
+        messages=[[{"role": "user", "content": turn}] for turn in turns],
+        images=[[image] for image in images],
+        padding=True,
+    )
