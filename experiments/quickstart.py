@@ -76,8 +76,8 @@ def experiment() -> Experiment:
             Stage(name="things", loss=NextToken(), data=dialogues("thing", draws=2), rules=seeing, steps=800),
             Stage(name="instruction", loss=NextToken(), rules=seeing),
         ),
-        # Without decay, pairs of a colour and a name that training never shows are said not to be there.
-        train=training(steps=2400, weight_decay=0.1),
+        # With little decay, pairs of a colour and a name that training never shows are said not to be there.
+        train=training(steps=2400, weight_decay=0.3),
         evaluate=evaluate,
         preview=draw_preview,
         smoke=(

@@ -16,7 +16,7 @@ _ASK_COUNT = (0.5, 0.5, 0.8, 1.0)
 # Weights of the kinds that have an answer, where a question is asked alone: more for what is learned later.
 _SHARES = {
     "color": 2,
-    "shape": 1,
+    "shape": 3,
     "size": 1,
     "place": 4,
     "count": 8,
