@@ -362,7 +362,7 @@ def test_questions_asked_alone_are_of_all_kinds_and_the_slow_ones_more_often():
     kinds = collections.Counter(question.kind for question in alone)
     assert set(kinds) == set(KINDS)
     assert kinds["relation"] > 1.5 * kinds["digit"] and kinds["count"] > 1.5 * kinds["size"]
-    every = {(q.kind, q.text, q.answer) for draw in range(40) for q in scene_questions(TRAIN[0], draw)}
+    every = {(q.kind, q.text, q.answer) for draw in range(400) for q in scene_questions(TRAIN[0], draw)}
     assert {(q.kind, q.text, q.answer) for q in alone[:3]} <= every
     rows = [json.loads(e.data) for e in SceneDialogueData(about="question", draws=3, num_train=2).entries()]
     expected = [scene_conversation(scene, "question", draw) for scene in TRAIN[:2] for draw in range(3)]
