@@ -194,6 +194,7 @@ class Llava(Model):
                 ids: Any = input_ids
                 inputs_embeds = self.embed_tokens(jnp.where(image_index[..., 0] >= 0, 0, ids))
             merged = merge_features(inputs_embeds, table, image_index, image_weights)
+            # First as the table lies, then by rows: else both sides of the merge are sent, not its result.
             return shard_rows(shard_rows(merged, axis=-1)), seen
         return self.language_model.embed_inputs(input_ids, inputs_embeds=inputs_embeds), None
 
