@@ -61,7 +61,8 @@ def experiment() -> Experiment:
             pad=False,
             execution=Execution(dtype="bfloat16"),
         ),
-        data=dialogues("all", draws=9),
+        # A row has room for ten questions in threes about a picture, and for seven that have one each.
+        data=dialogues("all", draws=9, turns=3),
         prepare=KeepFeatures(folder=FEATURES, data=dialogues("caption"), batch_size=256),
         stages=(
             Stage(
@@ -181,11 +182,12 @@ def training(steps: int, batch_size: int = 16, weight_decay: float = 0.0) -> Tra
     )
 
 
-def dialogues(about: Any, draws: int = 1) -> SceneDialogueData:
+def dialogues(about: Any, draws: int = 1, turns: int = 1) -> SceneDialogueData:
     """Conversations about pictures, whose features were kept."""
     return SceneDialogueData(
         about=about,
         draws=draws,
+        turns=turns,
         num_train=SCENES,
         num_test=TEST_SCENES,
         features=FEATURES,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from mmjax.data.config import DataConfig, Progress, Split, check_split
 from mmjax.data.faults import BadSample
 from mmjax.data.scenes import PLACES, Dice, Scene, make_scene
-from mmjax.data.scenes_questions import scene_question, scene_questions, thing_question
+from mmjax.data.scenes_questions import Question, scene_question, scene_questions, thing_question
 from mmjax.data.scenes_text import describe, scene_caption, scene_captions
 from mmjax.data.sources import Record, digest
 from mmjax.data.text import ChatData
@@ -149,14 +149,17 @@ class SceneTextData(ChatData):
                 yield f"scene {number}", json.dumps(row).encode()
 
 
-def scene_conversation(scene: Scene, about: About = "questions", draw: int = 0) -> list[Message]:
+def scene_conversation(
+    scene: Scene, about: About = "questions", draw: int = 0, turns: int = 1
+) -> list[Message]:
     """What is asked and answered about a picture, which comes first.
 
     Args:
         scene: what the picture shows.
         about: "caption": what is in it; "thing": what one thing in it is like; "questions": one of each kind
-            that has an answer; "question": one alone, of a kind that is drawn.
+            that has an answer; "question": one of a kind that is drawn.
         draw: gives other questions about the same scene.
+        turns: how many with "question", each drawn anew.
 
     >>> talk = scene_conversation(make_scene(9), "caption")
     >>> talk[0]["content"]
@@ -165,15 +168,16 @@ def scene_conversation(scene: Scene, about: About = "questions", draw: int = 0) 
     'a large purple circle at the top, a blue digit nine at the top right.'
     """
     if about == "caption":
-        turns = [(ASK_CAPTION, scene_caption(scene))]
+        said = [(ASK_CAPTION, scene_caption(scene))]
     elif about == "questions":
-        turns = [(question.text, question.answer) for question in scene_questions(scene, draw)]
-    elif about in ("question", "thing"):
-        alone = (scene_question if about == "question" else thing_question)(scene, draw)
-        turns = [(alone.text, alone.answer)]
+        said = _said(*scene_questions(scene, draw))
+    elif about == "question":
+        said = _said(*(scene_question(scene, turns * draw + turn) for turn in range(turns)))
+    elif about == "thing":
+        said = _said(thing_question(scene, draw))
     else:
         raise ConfigError(f"about={about!r} has to be 'caption', 'thing', 'questions' or 'question'")
-    messages = _messages(turns)
+    messages = _messages(said)
     first = messages[0]["content"]
     messages[0] = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": first}]}
     return messages
@@ -190,7 +194,7 @@ def told_conversation(scene: Scene, draw: int = 0, about: About = "questions") -
     """
     dice = Dice(scene.seed, "told", scene.split, scene.number, draw)
     asked = [scene_question(scene, draw)] if about == "question" else scene_questions(scene, draw)
-    turns = [(question.text, question.answer) for question in asked]
+    turns = _said(*asked)
     if about != "question":
         turns = dice.shuffled([*turns, (ASK_CAPTION, scene_caption(scene))])[:_TOLD_QUESTIONS]
     messages = _messages(turns)
@@ -227,6 +231,10 @@ def scene_tokenizer(texts: int = 2_000) -> Tokenizer:
         phrases=[f" {place}" for row in PLACES for place in row if " " in place],
         chat_template=SCENE_TEMPLATE,
     )
+
+
+def _said(*questions: Question) -> list[tuple[str, str]]:
+    return [(question.text, question.answer) for question in questions]
 
 
 def _messages(turns: list[tuple[str, str]]) -> list[Message]:

@@ -26,15 +26,17 @@ class SceneDialogueData(InstructionData):
 
     Args:
         about: "caption": what is in the picture; "thing": what one thing in it is like; "questions": one
-            question of each kind that has an answer; "question": one alone; "all": the picture, a thing in
-            it, and questions alone.
+            question of each kind that has an answer; "question": some of kinds that are drawn; "all": in
+            conversations of their own the picture, a thing in it, and some questions.
         draws: conversations with questions about each training scene, each with others.
+        turns: questions of a conversation that has some.
         num_train, num_test, image_size, content_seed: as in `ScenesData`.
     """
 
     path: str = ""
     about: About | Literal["all"] = "questions"
     draws: int = 1
+    turns: int = 1
     num_train: int = 20_000
     num_test: int = 500
     image_size: int = 48
@@ -44,8 +46,9 @@ class SceneDialogueData(InstructionData):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_scene_counts(self)
-        if self.draws < 1:
-            raise ConfigError(f"SceneDialogueData.draws={self.draws} has to be at least 1")
+        for name in ("draws", "turns"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"SceneDialogueData.{name}={getattr(self, name)} has to be at least 1")
         if self.about not in ("caption", "thing", "questions", "question", "all"):
             raise ConfigError(
                 f"SceneDialogueData.about={self.about!r} is none of caption, thing, questions, question, all"
@@ -66,7 +69,8 @@ class SceneDialogueData(InstructionData):
         for number in range(self.num_train if split == "train" else self.num_test):
             scene = make_scene(number, split, seed=self.content_seed)
             for about, draw in forms:
-                row = {"image": f"{split}/{number}", "messages": scene_conversation(scene, about, draw)}
+                messages = scene_conversation(scene, about, draw, self.turns)
+                row = {"image": f"{split}/{number}", "messages": messages}
                 yield Entry(json.dumps(row).encode(), Path(), f"scene {number}")
 
     def _source(self, processor: Any, entries: list[Entry]) -> Conversations:

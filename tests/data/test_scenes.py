@@ -322,6 +322,7 @@ def test_text_data_packs_told_conversations_with_answers_to_learn():
         (lambda: SceneTextData(path="x.jsonl"), "reads no files"),
         (lambda: SceneDialogueData(path="x.json"), "reads no files"),
         (lambda: SceneDialogueData(draws=0), "draws"),
+        (lambda: SceneDialogueData(turns=0), "turns"),
         (lambda: SceneDialogueData(about="captions"), "about='captions'"),
         (lambda: SceneTextData(about="caption"), "about='caption'"),
         (lambda: SceneTextData(draws=0), "draws"),
@@ -367,6 +368,14 @@ def test_questions_asked_alone_are_of_all_kinds_and_the_slow_ones_more_often():
     rows = [json.loads(e.data) for e in SceneDialogueData(about="question", draws=3, num_train=2).entries()]
     expected = [scene_conversation(scene, "question", draw) for scene in TRAIN[:2] for draw in range(3)]
     assert [row["messages"] for row in rows] == expected and {len(talk) for talk in expected} == {2}
+
+
+def test_conversations_ask_as_many_questions_as_they_are_told_to():
+    data = SceneDialogueData(about="all", turns=3, draws=2, num_train=1)
+    talks = [json.loads(entry.data)["messages"] for entry in data.entries()]
+    assert [len(talk) for talk in talks] == [6, 6, 2, 2]
+    said = [message["content"] for talk in talks[:2] for message in talk[1::2]]
+    assert said == [scene_question(TRAIN[0], draw).answer for draw in range(6)]
 
 
 def test_things_are_described_whole_and_cannot_be_mistaken():
