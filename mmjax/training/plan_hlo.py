@@ -17,9 +17,19 @@ _COLLECTIVE = re.compile(r"= (.*?) (" + "|".join(_KINDS) + r")(-start)?\(")
 _CALLED = re.compile(
     r"\b(body|to_apply|calls|true_computation|false_computation)=%?([\w.-]+)|branch_computations=\{([^}]*)\}"
 )
+_DEFINED = re.compile(r"^\s*(ROOT )?%?([\w.-]+) = ")
+_OPERATION = re.compile(r" = \S+ ([\w-]+)\(%?([\w.-]+)")
 _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})?\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+
+
+@dataclasses.dataclass
+class Computation:
+    """The lines of a computation by the name of the value that each defines, and its result's name."""
+
+    lines: dict[str, str] = dataclasses.field(default_factory=dict)
+    root: str = ""
 
 
 @dataclasses.dataclass
@@ -43,6 +53,9 @@ class Traffic:
 def collectives(hlo_text: str, devices: int, devices_per_node: int) -> tuple[dict[str, Traffic], int]:
     """Read the collectives of a compiled program, times the turns of the loops they stand in.
 
+    What the program has in bfloat16 counts as such: CPUs have no collectives of it, so that their compiler
+    widens what it sends.
+
     Args:
         hlo_text: of one device's program, as `compiled.as_text()` gives it.
         devices: how many run it.
@@ -61,14 +74,20 @@ def collectives(hlo_text: str, devices: int, devices_per_node: int) -> tuple[dic
     computations, entry = _computations(hlo_text)
     total: dict[str, Traffic] = {}
     unknown = 0
-    for line, times, known in _walk(computations, entry, 1, True):
+    for line, around, times, known in _walk(computations, entry, 1, True):
         match = _COLLECTIVE.search(line)
         if match is None:
             continue
         kind = match[2]
         groups = _groups(line, devices)
-        size = _size(match[1], whole=match[3] is None or kind == "all-reduce")
-        sent = times * _sent(kind, size, groups.shape[1])
+        sizes = _sizes(match[1])
+        operands = [part.strip(" %") for part in line[match.end() :].partition(")")[0].split(",")]
+        if len(operands) == len(sizes):
+            widened = [_is_widened(name, around, computations) for name in operands]
+            sizes = [size / 2 if wide else size for size, wide in zip(sizes, widened, strict=True)]
+        # The result of an asynchronous one holds its operand too: the larger part is sent.
+        whole = match[3] is None or kind == "all-reduce"
+        sent = times * _sent(kind, sum(sizes) if whole else max(sizes, default=0), groups.shape[1])
         traffic = total.setdefault(kind, Traffic())
         traffic.count += times
         traffic.bytes += sent
@@ -77,26 +96,44 @@ def collectives(hlo_text: str, devices: int, devices_per_node: int) -> tuple[dic
     return total, unknown
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
-    """Lines of every computation by its name, and the name of the entry."""
-    found: dict[str, list[str]] = {}
-    entry, lines = "", []
+def _computations(text: str) -> tuple[dict[str, Computation], str]:
+    """Every computation by its name, and the name of the entry."""
+    found: dict[str, Computation] = {}
+    entry, here = "", Computation()
     for line in text.splitlines():
         match = _COMPUTATION.match(line)
         if match:
-            lines = found[match[2]] = []
+            here = found[match[2]] = Computation()
             entry = match[2] if match[1] else entry
-        elif " = " in line:
-            lines.append(line)
+        elif defined := _DEFINED.match(line):
+            here.lines[defined[2]] = line
+            here.root = defined[2] if defined[1] else here.root
     return found, entry
 
 
+def _is_widened(name: str, around: Computation, computations: dict[str, Computation]) -> bool:
+    """Whether a value is bfloat16 to the program: what the compiler converts itself names no operation."""
+    line = around.lines.get(name, "")
+    match = _OPERATION.search(line)
+    if match is None:
+        return False
+    kind, operand = match.groups()
+    if kind == "fusion":
+        called = _CALLED.search(line)
+        inner = computations.get(called[2], Computation()) if called else Computation()
+        return _is_widened(inner.root, inner, computations)
+    if kind in ("bitcast", "copy", "reshape", "transpose"):
+        return _is_widened(operand, around, computations)
+    return kind == "convert" and "op_name" not in line and " = bf16[" in around.lines.get(operand, "")
+
+
 def _walk(
-    computations: dict[str, list[str]], name: str, times: int, known: bool
-) -> Iterator[tuple[str, int, bool]]:
-    """Every line that runs, how often, and whether that is known; lines inside fusions too."""
-    for line in computations.get(name, ()):
-        yield line, times, known
+    computations: dict[str, Computation], name: str, times: int, known: bool
+) -> Iterator[tuple[str, Computation, int, bool]]:
+    """Every line that runs, where it stands, how often, and whether that is known; inside fusions too."""
+    here = computations.get(name, Computation())
+    for line in here.lines.values():
+        yield line, here, times, known
         turns, certain = 1, True
         if " while(" in line:
             found = _TURNS.search(line)
@@ -134,20 +171,19 @@ def _share_between(kind: str, nodes: np.ndarray) -> float:
     return (spanned - 1) / (members - 1)
 
 
-def _size(type_text: str, *, whole: bool) -> int:
-    """Bytes of a result; of an asynchronous one, which holds its operand too, those of the larger part."""
-    sizes = [
-        math.prod(int(n) for n in shape.split(",") if n) * _WIDTHS.get(kind, _bits(kind) // 8 or 1)
+def _sizes(type_text: str) -> list[float]:
+    """Bytes of every part of a result."""
+    return [
+        float(math.prod(int(n) for n in shape.split(",") if n) * _WIDTHS.get(kind, _bits(kind) // 8 or 1))
         for kind, shape in _SHAPE.findall(type_text)
     ]
-    return sum(sizes) if whole else max(sizes, default=0)
 
 
 def _bits(kind: str) -> int:
     return int(re.sub(r"\D", "", kind) or 0)
 
 
-def _sent(kind: str, size: int, members: int) -> float:
+def _sent(kind: str, size: float, members: int) -> float:
     """Bytes that a device sends for a collective with a result of `size` bytes, by the usual ring."""
     share = (members - 1) / members
     if kind == "all-reduce":

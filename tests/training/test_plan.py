@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mmjax import losses
 from mmjax.cli import main
@@ -36,8 +36,8 @@ SMALL = [
 H100 = CHIPS["h100"]
 
 
-def shape(*dims: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(dims, dtype)
+def shape(*dims: int, dtype: str = "float32", sharding: Any = None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(dims, dtype, sharding=sharding)
 
 
 # --- FLOPs
@@ -161,6 +161,22 @@ def test_collectives_of_a_ring_are_counted_with_the_turns_of_its_loop() -> None:
     assert total.between_nodes == pytest.approx(2 * 4 * block * block / 2 / 4)
     within, _ = collectives(text, devices, devices_per_node=8)
     assert {kind: traffic.between_nodes for kind, traffic in within.items()} == dict.fromkeys(found, 0.0)
+
+
+@pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 2), ("float32", 4)])
+def test_what_a_program_has_in_bfloat16_is_sent_as_such(dtype: str, width: int) -> None:
+    mesh = make_mesh({"fsdp": 8})
+    kernel, rows = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in ((None, "fsdp"), ("fsdp",)))
+
+    def product(x: Any, w: Any) -> Any:
+        split = jax.lax.with_sharding_constraint(w.astype(dtype), kernel)
+        return x.astype(dtype) @ jax.lax.with_sharding_constraint(split, NamedSharding(mesh, PartitionSpec()))
+
+    shapes = (shape(16, 32, sharding=rows), shape(32, 64, sharding=kernel))
+    compiled = jax.jit(product, out_shardings=rows).lower(*shapes).compile(OPTIONS)
+    found, _ = collectives(compiled.as_text(), 8, devices_per_node=8)
+    assert list(found) == ["all-gather"]
+    assert found["all-gather"].bytes == width * 32 * 64 * 7 / 8
 
 
 PROGRAM = """
