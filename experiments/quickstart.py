@@ -55,8 +55,9 @@ def experiment() -> Experiment:
         model=LlavaFromParts(  # type: ignore[arg-type]
             eyes="{workdir}/models/{name}-eyes",
             brain="{workdir}/models/{name}-brain",
-            # The patches themselves say best where they are; what is in them, the last layers.
-            feature_layer=(0, -2),
+            # The patches themselves say best where they are; what is in them, the layers. The last ones know
+            # of other patches too, which can hide for long which of them a thing is in; the first does not.
+            feature_layer=(0, 1, -2),
             template=None,
             pad=False,
             execution=Execution(dtype="bfloat16"),

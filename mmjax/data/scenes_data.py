@@ -11,7 +11,7 @@ from mmjax.data.config import DataConfig, Progress, Split, check_split
 from mmjax.data.faults import BadSample
 from mmjax.data.scenes import PLACES, Dice, Scene, make_scene
 from mmjax.data.scenes_questions import Question, scene_question, scene_questions, thing_question
-from mmjax.data.scenes_text import describe, scene_caption, scene_captions
+from mmjax.data.scenes_text import at_place, describe, scene_caption, scene_captions
 from mmjax.data.sources import Record, digest
 from mmjax.data.text import ChatData
 from mmjax.errors import ConfigError
@@ -227,8 +227,9 @@ def scene_tokenizer(texts: int = 2_000) -> Tokenizer:
         1024,
         eos_token=END,
         special_tokens=(USER, ASSISTANT, IMAGE_TOKEN),
-        # An answer of one token is looked up at once; a corner in two would need the thing a second time.
-        phrases=[f" {place}" for row in PLACES for place in row if " " in place],
+        # A place follows what is there at once: who reads a name has the key to look it up. After "at the"
+        # the name would have to be fetched first.
+        phrases=[f" {at_place(place)}" for row in PLACES for place in row],
         chat_template=SCENE_TEMPLATE,
     )
 

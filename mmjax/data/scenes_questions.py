@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from mmjax.data.scenes import COLOR_NAMES, Dice, Scene, Sort, Thing, is_held_out
 from mmjax.data.scenes_draw import SHAPES, Box
-from mmjax.data.scenes_text import NUMBER_WORDS, describe, plural, side_by_side, with_article
+from mmjax.data.scenes_text import NUMBER_WORDS, at_place, describe, plural, side_by_side, with_article
 
 KINDS = ("color", "shape", "size", "place", "count", "relation", "word", "digit", "presence")
 # Of 100 scenes 32, 32, 20 and 16 have none, one, two and three of the shape that is counted.
@@ -210,7 +210,7 @@ def _size(scene: Scene, dice: Dice) -> Question | None:
 def _place(scene: Scene, dice: Dice) -> Question | None:
     """Of what has one place: a word has two cells."""
     found = _named(tuple(thing for thing in scene.things if thing.columns == 1), scene, dice)
-    return found and _question("place", dice, found[1], found[0].place, found[0])
+    return found and _question("place", dice, found[1], at_place(found[0].place), found[0])
 
 
 def _count(scene: Scene, dice: Dice) -> Question | None:

@@ -30,7 +30,7 @@ from mmjax.data.scenes import COLOR_NAMES, NAMES, PLACES, is_held_out
 from mmjax.data.scenes_data import ASK_CAPTION
 from mmjax.data.scenes_draw import COLORS, SHAPES, WORDS
 from mmjax.data.scenes_questions import KINDS
-from mmjax.data.scenes_text import describe
+from mmjax.data.scenes_text import at_place, describe
 from mmjax.errors import ConfigError
 from tests.data.fakes import fake_processor
 from tests.data.seeing import Seeing
@@ -175,7 +175,7 @@ def answer(scene, question):
         return "yes" if found else "no"
     assert len(found) == 1
     thing = found[0]
-    return {"color": thing.color, "shape": thing.name, "size": thing.size, "place": thing.place}[
+    return {"color": thing.color, "shape": thing.name, "size": thing.size, "place": at_place(thing.place)}[
         question.kind
     ]
 
@@ -269,8 +269,8 @@ def test_the_vocabulary_has_one_id_for_every_word_and_none_is_learned_from_the_u
         texts = [scene_caption(scene), *(question.text for question in scene_questions(scene))]
         vocabulary |= {word for text in texts for word in re.findall(r"\w+", text)}
     assert len(vocabulary) > 80
-    places = {thing.place for scene in TRAIN for thing in scene.things}
-    assert {"top", "top left"} < places
+    places = {at_place(thing.place) for scene in TRAIN for thing in scene.things}
+    assert {"at the top", "at the top left"} < places
     assert all(len(tokenizer([f" {text}"])["input_ids"][0]) == 1 for text in vocabulary | places)
     said = tokenizer("a red star at the top left")["input_ids"][0]
     assert tokenizer.decode(said) == "a red star at the top left"
