@@ -20,6 +20,7 @@ from mmjax.data.features import FeatureStore, write_features
 from mmjax.data.sources import digest
 from mmjax.errors import DataError
 from mmjax.training.outcome import Outcome
+from mmjax.training.progress import Reading
 from mmjax.training.state import flatten
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ class KeepFeatures:
             batch_size=self.batch_size,
             dtype=self.dtype,
             identity=identity,
+            progress=Reading(say, "keeping what the eyes see: conversations"),
         )
         kept = len(FeatureStore(self.folder))
         say(f"kept what the eyes see in {kept:,} images in {self.folder} ({time.monotonic() - began:.0f} s)")

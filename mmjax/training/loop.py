@@ -25,7 +25,7 @@ from mmjax.training.finish import finish, introduce, outcome_of
 from mmjax.training.folders import RunFolders
 from mmjax.training.interrupts import Interrupted, Interrupts
 from mmjax.training.outcome import Outcome
-from mmjax.training.progress import Meter, make_progress
+from mmjax.training.progress import Meter, Reading, make_progress
 from mmjax.training.records import Recorder
 from mmjax.training.stage_run import Cursor, NotFiniteError, StageRun
 from mmjax.training.state import TrainState, merge, state_to_arrays
@@ -254,6 +254,12 @@ class Run:
     @contextlib.contextmanager
     def _batches(self, run: StageRun, cursor: Cursor) -> Iterator[Any]:
         data = run.stage.data if run.stage.data is not None else self.experiment.data
+        reading = Reading(self.progress.say, f"{run.stage.name}: reading data")
+
+        def progress(done: int, total: int) -> None:
+            self.interrupts.check()
+            reading(done, total)
+
         dataset = data.build(
             processor=self.opened.processor,
             batch_size=run.settings.batch_size,
@@ -261,6 +267,7 @@ class Run:
             split="train",
             process_index=self._part,
             process_count=self._parts,
+            progress=progress,
         )
         batches = iter(dataset)
         try:

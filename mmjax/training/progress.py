@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 QUIET_SECONDS = 2.0
+READING_SECONDS = 10.0
 
 
 def make_progress(process: int = 0) -> PlainProgress | LiveProgress | SilentProgress:
@@ -95,6 +97,29 @@ class LiveProgress:
     def close(self) -> None:
         """Leave the bar as it stands; what is said from now on comes below it."""
         self._bar.stop()
+
+
+class Reading:
+    """A `mmjax.data.config.Progress` of work before the first step, said in a line every ten seconds.
+
+    Args:
+        say: prints a line.
+        what: what is done, such as "reading data".
+
+    >>> reading = Reading(print, "reading data")
+    >>> reading(1, 8)  # said if it goes on
+    """
+
+    def __init__(self, say: Callable[[str], None], what: str) -> None:
+        self._say, self._what = say, what
+        self._last = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """So much is done; who does not know how much there is has `total` equal to `done`."""
+        now = time.monotonic()
+        if now - self._last >= READING_SECONDS:
+            self._last = now
+            self._say(f"{self._what}  {done:,}/{total:,}" if done < total else f"{self._what}  {done:,}")
 
 
 class Meter:

@@ -21,6 +21,7 @@ from mmjax.checkpoints.training import ARRAYS, CheckpointStore
 from mmjax.errors import CheckpointError, ConfigError, DataError, TrainingError
 from mmjax.training import FROZEN, Constant, Experiment, Outcome, Stage, apply_overrides, train
 from mmjax.training import interrupts as interrupts_module
+from mmjax.training import progress as progress_module
 from mmjax.training.interrupts import Interrupted
 from tests.training.runs import arrays_of, left_by
 from tests.training.toy import SquaredError, ToyBatches, ToyData, toy_experiment
@@ -358,6 +359,29 @@ def quit_codes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     monkeypatch.setattr(interrupts_module.os, "_exit", pretend)
     yield codes
     assert heard.wait(10)
+
+
+def test_a_signal_while_data_are_read_does_not_wait_for_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    read, build = [], ToyData.build
+
+    def slow(self: ToyData, *, progress: Any, **options: Any) -> Any:
+        for number in range(10):
+            read.append(number)
+            if len(read) == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+            progress(number + 1, 10)
+        return build(self, **options)
+
+    monkeypatch.setattr(ToyData, "build", slow)
+    monkeypatch.setattr(progress_module, "READING_SECONDS", 0.0)
+    with pytest.raises(Interrupted, match="--resume goes on"):
+        train(toy_experiment(), workdir=tmp_path)
+    assert read == [0, 1, 2, 3]
+    assert "align: reading data  3/10\n" in capsys.readouterr().out
+    train(toy_experiment(), workdir=tmp_path, resume=True)
+    assert left_by(tmp_path)["step"] == 20
 
 
 def test_a_second_signal_quits_at_once(quit_codes: list[int]) -> None:

@@ -7,7 +7,14 @@ import io
 import pytest
 
 from mmjax.training import progress as progress_module
-from mmjax.training.progress import LiveProgress, Meter, PlainProgress, format_seconds, make_progress
+from mmjax.training.progress import (
+    LiveProgress,
+    Meter,
+    PlainProgress,
+    Reading,
+    format_seconds,
+    make_progress,
+)
 
 
 def test_plain_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,6 +57,19 @@ def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_pipe_gets_lines() -> None:
     assert isinstance(make_progress(), PlainProgress)
+
+
+def test_reading_is_said_where_it_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, said = iter([0.0, 9.0, 10.0, 19.0, 20.0, 31.0]), list[str]()
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
+    reading = Reading(said.append, "tune: reading data")
+    for done, total in [(1, 9000), (2000, 9000), (3000, 9000), (4000, 4000), (9000, 9000)]:
+        reading(done, total)
+    assert said == [
+        "tune: reading data  2,000/9,000",
+        "tune: reading data  4,000",
+        "tune: reading data  9,000",
+    ]
 
 
 def test_the_meter_leaves_out_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
