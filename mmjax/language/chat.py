@@ -10,6 +10,7 @@ transformers does.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -262,7 +263,7 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
-def _mark(text: str, tokens: Iterable[str], mark: str) -> str:
+def _mark(text: str, tokens: tuple[str, ...], mark: str) -> str:
     """The text with a mark inside everything that looks like a token, and where half a token begins or ends.
 
     Half a token at an end could meet its other half, from the next text or from the template. White space
@@ -270,7 +271,11 @@ def _mark(text: str, tokens: Iterable[str], mark: str) -> str:
     """
     places: set[int] = set()
     start, end = len(text) - len(text.lstrip()), len(text.rstrip())
-    first, last = text[start : start + 1], text[:end][-1:]
+    begins, ends = _halves(tokens)
+    if text.endswith(begins, start, end):
+        places.add(end)
+    if text.startswith(ends, start, end):
+        places.add(start)
     for token in tokens:
         place = text.find(token)
         while place >= 0:
@@ -278,15 +283,17 @@ def _mark(text: str, tokens: Iterable[str], mark: str) -> str:
                 raise DataError(f"messages: {token!r} is a control token of one character and cannot be text")
             places.add(place + 1)
             place = text.find(token, place + 1)
-        for half in range(1, len(token)):
-            # One letter rules most halves out, and there are many.
-            if token[half - 1] == last and text.endswith(token[:half], start, end):
-                places.add(end)
-            if token[half] == first and text.startswith(token[half:], start, end):
-                places.add(start)
     for place in sorted(places, reverse=True):
         text = text[:place] + mark + text[place:]
     return text
+
+
+@functools.lru_cache(maxsize=32)
+def _halves(tokens: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """How tokens can begin, and how they can end, without being whole."""
+    cuts = [(token[:half], token[half:]) for token in tokens for half in range(1, len(token))]
+    begins, ends = zip(*cuts, strict=True) if cuts else ((), ())
+    return tuple(dict.fromkeys(begins)), tuple(dict.fromkeys(ends))
 
 
 def _split(marked: str, mark: str, tokens: Iterable[str]) -> list[str]:

@@ -137,6 +137,12 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if name == "translate":
             raise SecurityError("translate is not available")
 
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        # Most are keys of messages; Jinja looks for an attribute first, and that failing takes long.
+        if type(obj) is dict and attribute in obj and not hasattr(dict, attribute):
+            return obj[attribute]
+        return super().getattr(obj, attribute)
+
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         __self.budget.step(1, __self.text_size if isinstance(__obj, Macro) else 0)
         method = getattr(__obj, "__wrapped__", __obj)  # the sandbox wraps str.format
@@ -343,8 +349,13 @@ def plain_data(value: Any) -> Any:
     >>> plain_data({"image": object(), "n": (1, 2.5, None)})
     {'image': '<object>', 'n': (1, 2.5, None)}
     """
-    if value is None or type(value) in (str, int, float, bool):
+    kind = type(value)
+    if value is None or kind in (str, int, float, bool):
         return value
+    if kind is dict:
+        return {plain_data(key): plain_data(item) for key, item in value.items()}
+    if kind is list:
+        return [plain_data(item) for item in value]
     if isinstance(value, np.generic):
         return plain_data(value.item())
     if isinstance(value, str):
@@ -354,11 +365,11 @@ def plain_data(value: Any) -> Any:
     if isinstance(value, float):
         return float.__float__(value)
     if isinstance(value, Mapping):
-        return {plain_data(key): plain_data(item) for key, item in value.items()}
+        return plain_data(dict(value.items()))
     if isinstance(value, tuple):
         return tuple(plain_data(item) for item in value)
     if isinstance(value, list):
-        return [plain_data(item) for item in value]
+        return plain_data(list(value))
     return f"<{type(value).__name__}>"
 
 

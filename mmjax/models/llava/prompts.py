@@ -39,6 +39,7 @@ def chat_ids(
     return ids, mask
 
 
+@functools.lru_cache(maxsize=32)
 def _around(tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     """The special tokens that a tokenizer puts before and after texts."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"][0]
