@@ -61,7 +61,7 @@ def experiment() -> Experiment:
             pad=False,
             execution=Execution(dtype="bfloat16"),
         ),
-        # A row has room for eleven questions in threes about a picture, and for seven that have one each.
+        # A row has room for nine questions in threes about a picture, and for six that have one each.
         data=dialogues("all", draws=4, turns=3),
         prepare=KeepFeatures(folder=FEATURES, data=dialogues("caption"), batch_size=256),
         stages=(
