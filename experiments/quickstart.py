@@ -78,10 +78,12 @@ def experiment() -> Experiment:
             Stage(name="instruction", loss=NextToken(), rules=seeing),
         ),
         # With little decay, pairs of a colour and a name that training never shows are said not to be there.
-        train=training(steps=2400, weight_decay=0.3),
+        train=training(steps=1800, weight_decay=0.3),
         evaluate=evaluate,
         preview=draw_preview,
         smoke=(
+            # Nearly all of its time is compiling, and that of programs which hardly run.
+            "train.compiler_options=xla_backend_optimization_level=0",
             "train.steps=4",
             "stages.alignment.steps=2",
             "stages.description.steps=2",

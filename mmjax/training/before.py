@@ -15,8 +15,8 @@ from mmjax.training.folders import RunFolders
 def in_order(experiment: Experiment, workdir: Path) -> Iterator[Experiment]:
     """All experiments of a run, each after those that it needs; the last is the experiment itself.
 
-    Each is named after the one that needs it, has that one's seed and compilation cache, and its mesh where
-    it names none. In texts of models and data, `{workdir}` becomes the run's folder and `{name}` the name of
+    Each is named after the one that needs it, has that one's seed and compilation cache, and its mesh and
+    compiler options where it names none. In texts of models and data, `{workdir}` becomes the run's folder and `{name}` the name of
     the experiment that needs the others.
 
     Args:
@@ -35,7 +35,10 @@ def in_order(experiment: Experiment, workdir: Path) -> Iterator[Experiment]:
     words = {"{workdir}": str(workdir), "{name}": experiment.name}
     for inner in experiment.before:
         train = dataclasses.replace(
-            inner.train, seed=experiment.train.seed, compilation_cache=experiment.train.compilation_cache
+            inner.train,
+            seed=experiment.train.seed,
+            compilation_cache=experiment.train.compilation_cache,
+            compiler_options=inner.train.compiler_options or experiment.train.compiler_options,
         )
         named = dataclasses.replace(
             _filled(inner, words),

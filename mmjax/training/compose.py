@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from mmjax.errors import ConfigError
 from mmjax.parallel import param_shardings
-from mmjax.training.source import OpenedModel
+from mmjax.training.source import OpenedModel, quick_to_compile
 from mmjax.training.state import flatten
 
 IMAGE_TOKEN = "<image>"
@@ -75,9 +75,8 @@ class LlavaFromParts:
             flat |= {f"language_model/{path}": x for path, x in flatten(brain).items()}
             made = {} if self.bridge is None else load_parts(self.bridge, model)
             drawn = jax.random.fold_in(key, zlib.crc32(b"bridge"))
-            flat |= _new_bridge(
-                model, drawn, {path: x for path, x in shardings.items() if path.startswith("multi_modal")}
-            )
+            bridge = {path: x for path, x in shardings.items() if path.startswith("multi_modal")}
+            flat |= _new_bridge(model, drawn, bridge, quick_to_compile(mesh))
             flat |= {path: x.astype(jnp.float32) for path, x in made.items()}
             return {path: _placed(flat[path], spec.shape, shardings[path]) for path, spec in specs.items()}
 
@@ -161,14 +160,16 @@ def _tower(params: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     return params["vision_model"]
 
 
-def _new_bridge(model: Any, key: jax.Array, shardings: Mapping[str, NamedSharding]) -> dict[str, jax.Array]:
+def _new_bridge(
+    model: Any, key: jax.Array, shardings: Mapping[str, NamedSharding], options: dict[str, int]
+) -> dict[str, jax.Array]:
     """A new model's parameters at some paths; nothing else of it is made."""
 
     def init(key: jax.Array) -> dict[str, jax.Array]:
         flat = flatten(model.init(key, **model.example_batch())["params"])
         return {path: flat[path] for path in shardings}
 
-    return jax.jit(init, out_shardings=dict(shardings))(key)
+    return jax.jit(init, out_shardings=dict(shardings), compiler_options=options)(key)
 
 
 def _placed(x: jax.Array, shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:

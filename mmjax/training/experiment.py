@@ -15,6 +15,7 @@ from mmjax.training.schedules import Frozen, Schedule
 from mmjax.training.source import FromConfig, FromFolder
 
 MeshShape = Mapping[str, int] | tuple[tuple[str, int], ...]
+CompilerOptions = Mapping[str, str] | tuple[tuple[str, Any], ...]
 
 
 def _require(good: bool, name: str, wanted: str, value: Any) -> None:
@@ -49,6 +50,8 @@ class Train:
         keep_checkpoints: how many of the newest are kept.
         log_samples: whether output/<name>/samples.csv lists each step's sample numbers.
         compilation_cache: folder in which JAX keeps compiled programs between runs; "" for none.
+        compiler_options: XLA's, by name, for the programs of the steps (`jax.jit`'s `compiler_options`), such
+            as {"xla_backend_optimization_level": 0}: compiled in less time, and slower.
     """
 
     steps: int = 1000
@@ -67,6 +70,7 @@ class Train:
     keep_checkpoints: int = 3
     log_samples: bool = False
     compilation_cache: str = ""
+    compiler_options: CompilerOptions = ()
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "log_every", "keep_checkpoints"):
@@ -79,6 +83,7 @@ class Train:
             self.optimizer in get_args(OptimizerName), "train.optimizer", "adamw or muon", self.optimizer
         )
         _require(self.eps > 0, "train.eps", "above zero", self.eps)
+        object.__setattr__(self, "compiler_options", tuple(sorted(dict(self.compiler_options).items())))
         if self.batch_size % self.accumulate:
             raise ConfigError(
                 f"train.batch_size={self.batch_size} cannot be cut into train.accumulate={self.accumulate} "

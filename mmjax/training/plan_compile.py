@@ -79,6 +79,9 @@ def compile_stages(experiment: Experiment, devices_per_node: int) -> list[dict[s
     Returns:
         One dict per stage: see `compile_stage`.
     """
+    # They are for the compiler of the chip that is planned for, and this is a CPU's.
+    train = dataclasses.replace(experiment.train, compiler_options=())
+    experiment = dataclasses.replace(experiment, train=train)
     shape = mesh_shape(experiment)
     mesh = make_mesh(shape, jax.devices()[: math.prod(shape.values())])
     opened = open_shapes(experiment, mesh)

@@ -70,7 +70,7 @@ class FromConfig:
             shapes=shapes,
             shardings=shardings,
             params=lambda: dict(
-                jax.jit(init, out_shardings=shardings, compiler_options=_quick_to_compile(mesh))(key)
+                jax.jit(init, out_shardings=shardings, compiler_options=quick_to_compile(mesh))(key)
             ),
         )
 
@@ -110,7 +110,7 @@ class FromFolder:
         )
 
 
-def _quick_to_compile(mesh: Mesh) -> dict[str, int]:
+def quick_to_compile(mesh: Mesh) -> dict[str, int]:
     """A program that runs once: on a CPU, optimising it takes seconds and saves none."""
     return {"xla_backend_optimization_level": 1} if mesh.devices.flat[0].platform == "cpu" else {}
 

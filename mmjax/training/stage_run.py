@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from mmjax.checkpoints.training import CheckpointStore
-from mmjax.errors import ConfigError, TrainingError
+from mmjax.errors import ConfigError
 from mmjax.parallel import BATCH_AXES, batch_sharding, replicated
 from mmjax.training.experiment import Experiment, Stage, Train
 from mmjax.training.optimizer import Rule, label_parameters, make_optimizer, trained_rules
@@ -86,6 +86,8 @@ class StageRun:
         self.stage: Stage = experiment.stages[index]
         self.settings: Train = experiment.settings(self.stage)
         self.mesh = mesh
+        self._options = dict(self.settings.compiler_options)
+        _check_options(self._options)
         self._ways = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
         self._check_batch()
         all_rules = [Rule(*rule) for rule in self.stage.rules]
@@ -110,7 +112,7 @@ class StageRun:
 
     def _program(self) -> dict[str, Any]:
         """All that the step is made of, but for the model and the mesh, which a run has one of."""
-        names = ("accumulate", "ema_decay", *_OPTIMIZER)
+        names = ("accumulate", "ema_decay", "compiler_options", *_OPTIMIZER)
         settings = {name: getattr(self.settings, name) for name in names}
         return {"loss": self.stage.loss, "labels": self._labels, "names": self._names, **settings}
 
@@ -138,6 +140,7 @@ class StageRun:
             in_shardings=(self.shardings, batch_sharding(self.mesh), same),
             out_shardings=(self.shardings, same),
             donate_argnums=0,
+            compiler_options=self._options,
         )
 
     def _optimizer(self, schedules: Mapping[int, optax.Schedule]) -> optax.GradientTransformation:
@@ -228,10 +231,11 @@ class StageRun:
             )
 
 
-def stopped_by_bad_step(error: NotFiniteError, stage: str, where: str) -> TrainingError:
-    """The one line that a run ends with."""
-    what = "the gradient is" if error.term == "gradient" else f"the term {error.term!r} of the loss is"
-    return TrainingError(
-        f"stage {stage!r}, step {error.step}: {what} not finite; the state before it is kept in {where}. "
-        "Lower the learning rate or clip_norm, or look at that batch, and go on with --resume"
-    )
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Compile next to nothing with them, since XLA says only then what it thinks of them."""
+    if not options:
+        return
+    try:
+        jax.jit(lambda: 0, compiler_options=dict(options)).lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(f"train.compiler_options: {str(error).splitlines()[0]}") from None
