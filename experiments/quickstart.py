@@ -78,7 +78,7 @@ def experiment() -> Experiment:
             Stage(name="instruction", loss=NextToken(), rules=seeing),
         ),
         # With little decay, pairs of a colour and a name that training never shows are said not to be there.
-        train=training(steps=1800, weight_decay=0.3),
+        train=training(steps=2400, weight_decay=0.3),
         evaluate=evaluate,
         preview=draw_preview,
         smoke=(

@@ -1,6 +1,6 @@
 """The device mesh and the one table of sharding rules."""
 
-from mmjax.parallel.memory import keep_freed_memory
+from mmjax.memory import keep_freed_memory
 from mmjax.parallel.mesh import (
     BATCH_AXES,
     MESH_AXES,

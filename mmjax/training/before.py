@@ -16,8 +16,8 @@ def in_order(experiment: Experiment, workdir: Path) -> Iterator[Experiment]:
     """All experiments of a run, each after those that it needs; the last is the experiment itself.
 
     Each is named after the one that needs it, has that one's seed and compilation cache, and its mesh and
-    compiler options where it names none. In texts of models and data, `{workdir}` becomes the run's folder and `{name}` the name of
-    the experiment that needs the others.
+    compiler options where it names none. In texts of models and data, `{workdir}` becomes the run's folder
+    and `{name}` the name of the experiment that needs the others.
 
     Args:
         experiment: what is run.

@@ -192,6 +192,11 @@ def load_experiment(file: str, overrides: Sequence[str] = (), *, smoke: bool = F
 
 
 def _run(command: Command, process: _Process) -> int:
+    from mmjax.memory import keep_freed_memory, only_cpu
+
+    # Before anything starts jax's devices, as the experiment's file may.
+    if only_cpu():
+        keep_freed_memory()
     from mmjax.parallel.channel import Alone
     from mmjax.parallel.distributed import find_launch
     from mmjax.parallel.rendezvous import connect
@@ -223,13 +228,8 @@ def _train(command: Command, channel: Alone) -> None:
 
     with ending_together(channel):
         experiment = load_experiment(command.file, command.overrides, smoke=command.smoke)
-        import jax
-
-        from mmjax.parallel import keep_freed_memory
         from mmjax.training.loop import train
 
-        if jax.default_backend() == "cpu":
-            keep_freed_memory()
         train(
             experiment,
             workdir=command.workdir,

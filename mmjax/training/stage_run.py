@@ -235,7 +235,11 @@ def _check_options(options: Mapping[str, Any]) -> None:
     """Compile next to nothing with them, since XLA says only then what it thinks of them."""
     if not options:
         return
+
+    def nothing() -> int:
+        return 0
+
     try:
-        jax.jit(lambda: 0, compiler_options=dict(options)).lower().compile()
+        jax.jit(nothing, compiler_options=dict(options)).lower().compile()
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError(f"train.compiler_options: {str(error).splitlines()[0]}") from None

@@ -144,6 +144,14 @@ def test_one_seed_is_all_seeds_and_fields_of_earlier_ones_are_set_by_name() -> N
     assert first.mesh == last.mesh
 
 
+def test_compiler_options_are_those_of_earlier_ones_that_have_none() -> None:
+    wanted = ["train.compiler_options=a=1"]
+    first, last = in_order(apply_overrides(row(), wanted), Path("w"))
+    assert first.train.compiler_options == last.train.compiler_options == (("a", "1"),)
+    own = apply_overrides(row(), [*wanted, "before.first.train.compiler_options=b=2"])
+    assert [each.train.compiler_options[0][0] for each in in_order(own, Path("w"))] == ["b", "a"]  # type: ignore[index]
+
+
 def test_the_quickstart_fits_together() -> None:
     file = Path(__file__).parents[2] / "experiments" / "quickstart.py"
     eyes, brain, whole = in_order(load_experiment(str(file), ["train.seed=2"], smoke=True), Path("w"))

@@ -334,6 +334,20 @@ def test_evaluate_preview_and_export_see_the_average(tmp_path: Path) -> None:
     assert np.isfinite(seen["history"]["loss"]).all()
 
 
+def test_compiler_options_are_those_of_the_steps_program_and_of_no_other(tmp_path: Path) -> None:
+    dump = tmp_path / "dump"
+    options = {"xla_dump_to": str(dump), "xla_backend_optimization_level": "0"}
+    settings = dataclasses.replace(toy_experiment().train, compiler_options=options)
+    train(dataclasses.replace(toy_experiment(), train=settings), workdir=tmp_path / "run")
+    assert {path.name.split(".")[1] for path in dump.iterdir()} == {"jit_nothing", "jit_step"}
+
+
+def test_a_compiler_option_that_is_none_stops_the_run_before_it_starts(tmp_path: Path) -> None:
+    experiment = apply_overrides(toy_experiment(), ["train.compiler_options=xla_no_such_thing=1"])
+    with pytest.raises(ConfigError, match=r"^train\.compiler_options: .*xla_no_such_thing"):
+        train(experiment, workdir=tmp_path)
+
+
 def test_the_compilation_cache_is_off_unless_asked_for(tmp_path: Path) -> None:
     before = jax.config.jax_compilation_cache_dir
     train(apply_overrides(toy_experiment(), ["train.steps=1"]), workdir=tmp_path / "off")

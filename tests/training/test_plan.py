@@ -336,7 +336,9 @@ def test_the_command_plans_for_4096_devices_and_16_million_pairs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     flags = [f"--{override}" for override in SMALL[1:]]
-    wanted = ["--mesh", "data=4096", "--chip", "v5p", "--train.batch_size=16777216", *flags]
+    # Options that only the chip's own compiler knows stop no plan.
+    flags += ["--train.batch_size=16777216", "--train.compiler_options=xla_tpu_no_such_thing=1"]
+    wanted = ["--mesh", "data=4096", "--chip", "v5p", *flags]
     assert main(["plan", str(DIGITS), *wanted, "--json"]) == 0
     (plan,) = json.loads(capsys.readouterr().out)["stages"]
     assert (plan["devices"], plan["batch_size"]) == (4096, 2**24)
