@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from typing import Any
 
@@ -270,20 +271,9 @@ class Decoder(nn.Module):
             for layer in self.layers:
                 x, _, _ = layer(x, full, rope)
             return x, [], cache
-        cursor = None if cache is None else cache.cursor
-
-        def make_run(has_experts: bool) -> Any:
-            pure_layer = DecoderLayer(config, self.execution, has_experts, parent=None)
-
-            def run(x: Array, params: Any, key: Any, slides: Array, cached: Any) -> Any:
-                mask = jnp.where(slides, sliding, full) if mixed else (sliding if all_slide else full)
-                out: Any = pure_layer.apply({"params": params}, x, mask, rope, cached, cursor, key)
-                y, weights, cached = out
-                return y, ((x if keep[0] else None, weights if keep[1] else None), cached)
-
-            return jax.checkpoint(run) if self.execution.remat else run
-
-        all_slide, mixed = all(slides), any(slides) and not all(slides)
+        # Only where layers differ in it is the mask a choice of each layer's.
+        mask = masks if any(slides) and not all(slides) else (sliding if all(slides) else full)
+        shared = (mask, rope, None if cache is None else cache.cursor)
         params = [self.variables["params"][f"layers_{i}"] for i in range(depth)]
         keys = [None] * depth if key is None else list(jax.random.split(key, depth))
         slots = [None] * depth if cache is None else list(zip(cache.keys, cache.values, strict=True))
@@ -293,7 +283,8 @@ class Decoder(nn.Module):
         # Layers with experts have other parameters: each run of equal layers is a loop of its own.
         for has_experts, group in itertools.groupby(range(depth), self.has_experts):
             part = [layers[i] for i in group]
-            x, extras = run_layers(make_run(has_experts), x, part, scan=self.execution.scan_layers)
+            run = _DecoderRun(config, self.execution, has_experts, *keep)
+            x, extras = run_layers(run, x, shared, part, self.execution)
             results += extras
         if cache is not None:
             cache = cache.replace(  # type: ignore[attr-defined]
@@ -302,6 +293,27 @@ class Decoder(nn.Module):
                 cursor=cache.cursor + x.shape[1],
             )
         return x, [kept for kept, _ in results], cache
+
+
+@dataclasses.dataclass(frozen=True)
+class _DecoderRun:
+    """One layer, as `run_layers` takes it; what is kept: its input and its weights on request, its cache."""
+
+    config: DecoderConfig
+    execution: Execution
+    has_experts: bool
+    hidden_states: bool
+    attentions: bool
+
+    def __call__(self, x: Array, shared: Any, params: Any, key: Any, slides: Array, cached: Any) -> Any:
+        mask, rope, cursor = shared
+        if isinstance(mask, tuple):
+            full, sliding = mask
+            mask = jnp.where(slides, sliding, full)
+        layer = DecoderLayer(self.config, self.execution, self.has_experts, parent=None)
+        out: Any = layer.apply({"params": params}, x, mask, rope, cached, cursor, key)
+        y, weights, cached = out
+        return y, ((x if self.hidden_states else None, weights if self.attentions else None), cached)
 
 
 def vocabulary_logits(hidden: Array, kernel: Array, *, cap: float | None = None, dtype: Any = None) -> Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,17 +68,11 @@ class Encoder(nn.Module):
                 x, _ = layer(x, mask)
             return EncoderOutput(x)
 
-        pure_layer = EncoderLayer(self.config, self.execution, parent=None)
-
-        def run(x: Array, params: Any, key: Array | None) -> Any:
-            y, weights = pure_layer.apply({"params": params}, x, mask, key)
-            return y, (x if output_hidden_states else None, weights if output_attentions else None)
-
-        run = jax.checkpoint(run) if self.execution.remat else run
+        run = _EncoderRun(self.config, self.execution, output_hidden_states, output_attentions)
         params = [self.variables["params"][f"layers_{i}"] for i in range(depth)]
         keys = [None] * depth if key is None else list(jax.random.split(key, depth))
         layers_in = list(zip(params, keys, strict=True))
-        x, per_layer = run_layers(run, x, layers_in, scan=self.execution.scan_layers)
+        x, per_layer = run_layers(run, x, mask, layers_in, self.execution)
         return EncoderOutput(
             last_hidden_state=x,
             hidden_states=(*(states for states, _ in per_layer), x) if output_hidden_states else None,
@@ -84,42 +80,70 @@ class Encoder(nn.Module):
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class _EncoderRun:
+    """One layer, as `run_layers` takes it; what is kept of it are its input and its weights, on request."""
+
+    config: TransformerConfig
+    execution: Execution
+    hidden_states: bool
+    attentions: bool
+
+    def __call__(self, x: Array, mask: Array | None, params: Any, key: Array | None) -> Any:
+        layer = EncoderLayer(self.config, self.execution, parent=None)
+        y, weights = layer.apply({"params": params}, x, mask, key)  # type: ignore[misc]
+        return y, (x if self.hidden_states else None, weights if self.attentions else None)
+
+
 def run_layers(
-    run: Callable[..., tuple[Array, Any]], x: Array, layers: Sequence[tuple[Any, ...]], *, scan: bool
+    run: Callable[..., tuple[Array, Any]],
+    x: Array,
+    shared: Any,
+    layers: Sequence[tuple[Any, ...]],
+    execution: Execution,
 ) -> tuple[Array, list[Any]]:
     """Put x through every layer in turn.
 
+    Layers that are alike are traced once, however many there are. So that jax knows them again, `run` is a
+    value (hashable, equal where it does the same) with no arrays in it.
+
     Args:
-        run: (x, *what the layer has) to the next x and whatever else is to be kept of the layer.
+        run: (x, shared, *what the layer has) to the next x and whatever else is to be kept of the layer.
         x: [B, T, D]; its rows stay split between devices, see `mmjax.parallel.shard_rows`.
+        shared: a pytree of arrays that all layers see: masks, positions.
         layers: per layer what it has, pytrees of arrays: parameters, a key, a part of the cache.
-        scan: one compiled layer in a loop, if all have the same shapes; otherwise one after the other.
+        execution: `scan_layers` for one compiled layer in a loop, if all have the same shapes (otherwise one
+            after the other), `remat` to keep no activations inside of layers.
 
     Returns:
         The last x, and what each layer kept.
 
-    >>> y, kept = run_layers(lambda x, a: (x + a, x), jnp.zeros(1), [(1.0,), (2.0,)], scan=False)
+    >>> def add(x, shared, a):
+    ...     return x + shared * a, x
+    >>> y, kept = run_layers(add, jnp.zeros(1), 2.0, [(1.0,), (2.0,)], Execution())
     >>> float(y[0]), len(kept)
-    (3.0, 2)
+    (6.0, 2)
     """
-
-    def run_rows(x: Array, *layer: Any) -> tuple[Array, Any]:
-        return run(shard_rows(x), *layer)
-
-    x, kept = (_scanned if scan and len(layers) > 1 else _unrolled)(run_rows, x, layers)
+    way = _scanned if execution.scan_layers and len(layers) > 1 else _unrolled
+    x, kept = way(functools.partial(_run_one, run, execution.remat), x, shared, layers)
     return shard_rows(x), kept
 
 
-def _unrolled(run: Any, x: Array, layers: Sequence[tuple[Any, ...]]) -> tuple[Array, list[Any]]:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_one(run: Any, remat: bool, x: Array, shared: Any, layer: tuple[Any, ...]) -> tuple[Array, Any]:
+    return (jax.checkpoint(run) if remat else run)(shard_rows(x), shared, *layer)
+
+
+def _unrolled(run: Any, x: Array, shared: Any, layers: Sequence[tuple[Any, ...]]) -> tuple[Array, list[Any]]:
     kept = []
     for index, layer in enumerate(layers):
         with jax.named_scope(f"layers_{index}"):
-            x, extras = run(x, *layer)
+            x, extras = run(x, shared, layer)
         kept.append(extras)
     return x, kept
 
 
-def _scanned(run: Any, x: Array, layers: Sequence[tuple[Any, ...]]) -> tuple[Array, list[Any]]:
+def _scanned(run: Any, x: Array, shared: Any, layers: Sequence[tuple[Any, ...]]) -> tuple[Array, list[Any]]:
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-    x, extras = jax.lax.scan(lambda x, layer: run(x, *layer), x, stacked)
+    x, extras = jax.lax.scan(lambda x, layer: run(x, shared, layer), x, stacked)
     return x, [jax.tree.map(lambda leaf, i=i: leaf[i], extras) for i in range(len(layers))]
