@@ -15,6 +15,8 @@ from mmjax.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# What LLaVA's original repository calls a bridge by itself.
+_BRIDGES = ("mm_projector.bin", "mm_projector.safetensors")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
 _DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 # A map that more than this was read from is made anew.
@@ -62,13 +64,15 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up a folder's weights.
 
     Raises:
-        CheckpointError: none, pickled ones only, or an index that is wrong or points outside the folder.
+        CheckpointError: none, pickled ones only, a bridge only, or an index that is wrong or points outside
+            the folder.
     """
     if (folder / INDEX).exists():
         return _indexed_files(folder)
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
     found = sorted(folder.glob("*.safetensors"))
+    _refuse_bridge(folder, found)
     if len(found) == 1:
         return found
     if found:
@@ -82,6 +86,17 @@ def weight_files(folder: Path) -> list[Path]:
             "convert it with transformers' save_pretrained first"
         )
     raise CheckpointError(f"{folder}: no {WEIGHTS}; the folder has no weights")
+
+
+def _refuse_bridge(folder: Path, found: list[Path]) -> None:
+    """Say what to do with a folder of LLaVA's original repository that has a bridge and no other weights."""
+    bridges = [name for name in _BRIDGES if (folder / name).is_file()]
+    others = any(path.name not in _BRIDGES for path in found) or any(folder.glob("pytorch_model*"))
+    if bridges and not others:
+        raise CheckpointError(
+            f"{folder}: {bridges[0]} is a bridge only, without eyes and brain; put it onto a model with "
+            "mmjax.training.load_parts, or train from LlavaFromParts(bridge=...)"
+        )
 
 
 def _indexed_files(folder: Path) -> list[Path]:

@@ -23,6 +23,7 @@ from mmjax.checkpoints.files import INDEX, WEIGHTS, TensorReader
 from mmjax.checkpoints.rules import KeyRules, Link, expand, link
 from mmjax.errors import CheckpointError
 from mmjax.nn import TransposedKernel
+from mmjax.nn.kernels import StoredKernel
 from mmjax.parallel import ParamSpec, auto_mesh, partition_spec
 
 SHARD_BYTES = 4 * 10**9
@@ -142,8 +143,13 @@ def _arranged(x: jax.Array, axes: tuple[int, ...], dtype: Any) -> jax.Array:
 
 
 def named_tensors(rules: KeyRules, params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Parameters as (tensor name, array) under the names and shapes that the family's folders have."""
+    """Parameters as (tensor name, array) under the names and shapes that the family's folders have.
+
+    Raises:
+        CheckpointError: as `refuse_stored_kernels`.
+    """
     flat = flatten_dict(dict(params), sep="/")
+    refuse_stored_kernels(flat)
     for entry in sorted(expand(rules, flat), key=lambda r: r.source):
         pieces = [np.asarray(jax.device_get(flat[target])) for target in entry.targets]
         for index, single in enumerate(entry.pieces(pieces[0].shape)):
@@ -153,6 +159,23 @@ def named_tensors(rules: KeyRules, params: Mapping[str, Any]) -> Iterator[tuple[
                 np.ascontiguousarray(entry.transform.save(parts)).reshape(
                     entry.transform.source_shape([part.shape for part in parts])
                 ),
+            )
+
+
+def refuse_stored_kernels(flat: Mapping[str, Any]) -> None:
+    """Nothing, if every parameter is one array, as folders hold them.
+
+    Args:
+        flat: parameters by path.
+
+    Raises:
+        CheckpointError: one is an int8, transposed or adapted kernel.
+    """
+    for path, leaf in flat.items():
+        if isinstance(leaf, StoredKernel):
+            raise CheckpointError(
+                f"{path} is stored as {type(leaf).__name__}, which hub folders cannot hold; save "
+                "mmjax.nn.quantized.dequantize(params), where every kernel is one array again"
             )
 
 
@@ -216,6 +239,11 @@ def _shards(tensors: Iterator[tuple[str, np.ndarray]], limit: int) -> Iterator[d
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all, with the line ends that the text has."""
     part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    part.write_bytes(text.encode())
     os.replace(part, path)

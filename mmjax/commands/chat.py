@@ -13,6 +13,7 @@ from typing import Any
 from mmjax.commands.generate import (
     add_language_model,
     compilation_cache,
+    keep_bytes,
     open_language_model,
     opening,
     read_messages,
@@ -37,6 +38,7 @@ def run(options: argparse.Namespace) -> int:
 def _talk(chat: Chat) -> int:
     from mmjax.errors import MmjaxError
 
+    keep_bytes(sys.stdin)
     prompt = "> " if sys.stdin.isatty() else ""
     while True:
         try:

@@ -14,9 +14,6 @@ from pathlib import Path
 from mmjax.commands.output import byte_text, count_text, print_json, print_table
 from mmjax.commands.parser import DTYPES, add_json, byte_size
 
-# Says which ids end an answer, among others; no part of a model or a processor, so `mmjax.save` has none.
-_GENERATION = "generation_config.json"
-
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mmjax convert`."""
@@ -46,8 +43,6 @@ def run(options: argparse.Namespace) -> int:
     part = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", suffix=".part", dir=target.parent))
     try:
         mmjax.save(part, model, params, processor, **shards)
-        if (source / _GENERATION).is_file():
-            shutil.copyfile(source / _GENERATION, part / _GENERATION)
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(part, 0o777 & ~mask)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -51,7 +52,9 @@ def add_language_model(parser: argparse.ArgumentParser, max_new_tokens: int) -> 
         "--min-p", type=float, metavar="P", help="draw from those with P times the best's share"
     )
     group.add_argument("--repetition-penalty", type=float, metavar="X", help="above 1 for fewer repetitions")
-    group.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: 0)")
+    group.add_argument(
+        "--seed", type=seed_number, default=0, help="the same seed gives the same text (default: 0)"
+    )
     parser.add_argument(
         "--no-compilation-cache",
         action="store_true",
@@ -68,7 +71,9 @@ def run(options: argparse.Namespace) -> int:
     prompt = options.prompt if options.prompt_option is None else options.prompt_option
     if prompt is None:
         raise UsageError("the following arguments are required: PROMPT (see mmjax generate --help)")
-    prompt = sys.stdin.read() if prompt == "-" else prompt
+    if prompt == "-":
+        keep_bytes(sys.stdin)
+        prompt = sys.stdin.read()
     if not prompt or (options.image and not prompt.strip()):
         raise UsageError("the prompt is empty (see mmjax generate --help)")
     sampler = sampler_of(options)
@@ -81,6 +86,9 @@ def run(options: argparse.Namespace) -> int:
         tokenizer = processor.tokenizer
         if options.chat or options.image:
             batch = read_messages(processor, [*opening(options), user_message(prompt, options.image)])
+        elif hasattr(processor, "encode"):
+            # Who sees counts the places for images, of which there are none here.
+            batch = processor(text=prompt)
         else:
             batch = {"input_ids": tokenizer(prompt)["input_ids"]}
         tokens = stream(
@@ -95,6 +103,23 @@ def run(options: argparse.Namespace) -> int:
         show(stream_text(tokens, tokenizer))
     print()
     return 0
+
+
+def keep_bytes(stream: Any) -> None:
+    """Let bytes that are not UTF-8 be read as half surrogate pairs, which tokenizers refuse in one line."""
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="surrogateescape")
+
+
+def seed_number(text: str) -> int:
+    """A whole number that a PRNG key can be made of.
+
+    >>> seed_number("-7")
+    -7
+    """
+    if not re.fullmatch(r"[+-]?[0-9]{1,19}", text) or not -(2**63) <= int(text) < 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from -2**63 to 2**63 - 1")
+    return int(text)
 
 
 def opening(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -153,7 +178,6 @@ def open_language_model(options: argparse.Namespace) -> tuple[Any, Any, Any, tup
         CheckpointError, ConfigError: the folder cannot be opened, or is no language model's.
     """
     import mmjax
-    from mmjax.checkpoints.files import read_json
     from mmjax.errors import CheckpointError
     from mmjax.generation.prompts import check_model, ending_ids
     from mmjax.models.hub import find_folder
@@ -167,11 +191,22 @@ def open_language_model(options: argparse.Namespace) -> tuple[Any, Any, Any, tup
     if tokenizer is None:
         raise CheckpointError(f"{folder}: no tokenizer.json, so there is no text; add the file to the folder")
     # Chat models end an answer with other ids than a document, and folders name them in several places.
-    extra = folder / "generation_config.json"
-    theirs = read_json(extra).get("eos_token_id") if extra.is_file() else None
     own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    stop_ids = {*ending_ids(model, None), *own, *ending_ids(model, () if theirs is None else theirs)}
+    stop_ids = {*ending_ids(model, None), *own, *_ids_in(folder / "generation_config.json")}
     return model, params, processor, tuple(sorted(stop_ids))
+
+
+def _ids_in(path: Path) -> list[int]:
+    """The ids that end a text as a generation_config.json names them; none where there is no such file."""
+    from mmjax.checkpoints.files import read_json
+    from mmjax.errors import CheckpointError
+
+    named = read_json(path).get("eos_token_id") if path.is_file() else None
+    ids = named if isinstance(named, list) else [] if named is None else [named]
+    for number in ids:
+        if type(number) is not int or not 0 <= number < 2**31:
+            raise CheckpointError(f"{path}: eos_token_id: {number!r} is not a token id; correct or remove it")
+    return ids
 
 
 def _rather_transposed(folder: Path, dtype: str | None) -> bool:

@@ -130,12 +130,12 @@ def _processor_files(folder: Path) -> list[str]:
 
 
 def _plain(config: Any) -> dict[str, Any]:
-    """A config's fields as JSON, without the text of the file that it was read from."""
+    """A config's fields as JSON, without the texts of the files that it was read from."""
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     return {
         name: _plain(value) if dataclasses.is_dataclass(value) else value
         for name, value in fields.items()
-        if name != "hub"
+        if name not in ("hub", "generation_config")
     }
 
 

@@ -19,7 +19,7 @@ class Turns:
 
     Attributes:
         ids: int32 [T].
-        learned: bool [T], which tokens are learned.
+        learned: bool [T], which tokens are learned; none of an image, whoever shows it.
         index: int32 [T, K], the rows of features that make each token: tile n, feature p is n * P + p;
             NEWLINE is the end of a row of features, NOTHING in [..., 0] a token of text. None without images.
         weights: float32 [T, K], or None.
@@ -45,7 +45,7 @@ def expand(
 
     Args:
         ids: int [T].
-        learned: [T], non-zero for tokens that are learned.
+        learned: [T], non-zero for tokens that are learned, if they are text.
         image_id: stands for an image.
         layouts: of the images, as many as there are image ids.
         tile_rows: P.
@@ -72,7 +72,8 @@ def expand(
         [np.where(x.index >= 0, x.index + first, x.index) for x, first in zip(layouts, firsts, strict=False)]
     )
     weights[here] = np.concatenate([layout.weights for layout in layouts])
-    return Turns(ids, learned, index, weights if layouts[0].width > 1 else None)
+    # An image in an answer is seen; the id that stands for its features is no word to learn.
+    return Turns(ids, learned & ~here, index, weights if layouts[0].width > 1 else None)
 
 
 def turns_of(sample: Mapping[str, Any], tile_rows: int, tiles: Sequence[int]) -> Turns:
@@ -99,6 +100,7 @@ def turns_of(sample: Mapping[str, Any], tile_rows: int, tiles: Sequence[int]) ->
     if sample.get("pixel_values") is None:
         return Turns(ids, learned)
     pixels, index = np.asarray(sample["pixel_values"]), np.asarray(sample["image_index"])
+    learned &= index[:, 0] == NOTHING  # as in `expand`
     cut_up = pixels.ndim == 5
     most = pixels.shape[1] if cut_up else 1
     kept = (np.arange(most) < np.asarray(tiles)[:, None]).reshape(-1)

@@ -74,8 +74,8 @@ def parse_row(data: bytes, name: str, *, image_first: bool = True) -> Instructio
 
     Args:
         data: JSON, {"conversations": [{"from": "human" | "gpt", "value": ...}]} or {"messages": [{"role",
-            "content"}]}; with "image" or "images", a name or a list of names. A part {"type": "image",
-            "image": name} brings its own.
+            "content"}]}; with "image" or "images", a name or a list of names; null, "" and [] are none. A
+            part {"type": "image", "image": name} brings its own.
         name: of the row, for messages.
         image_first: a message's only `<image>` moves to its beginning, as in LLaVA's training.
 
@@ -183,8 +183,10 @@ def _check_turns(messages: list[dict[str, Any]], name: str) -> None:
 
 
 def _names(row: Mapping[str, Any], name: str) -> list[str]:
-    value = row.get("image", row.get("images"))
-    names = [] if value is None else [value] if isinstance(value, str) else value
+    # Tables with both columns leave one of them null or empty, and both where a row has no image.
+    given = [row[key] for key in ("image", "images") if row.get(key) not in (None, "", [])]
+    value = given[0] if given else []
+    names = [value] if isinstance(value, str) else value
     if not isinstance(names, list) or not all(isinstance(each, str) and each for each in names):
         raise BadSample("bad_record", name, "image is neither a name nor a list of names")
     if row.get("video") is not None:

@@ -29,9 +29,10 @@ def lay_out(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         inputs: arguments of the model.
 
     Raises:
-        DataError: images for a model that does not see.
+        DataError: images for a model that does not see, or places for images and no images.
     """
     if not any(name in inputs for name in NAMES):
+        _check_no_places(model, inputs)
         return inputs
     if not hasattr(model, "lay_out"):
         named = next(name for name in NAMES if name in inputs)
@@ -45,6 +46,18 @@ def lay_out(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     if not any(name in rest for name in MEDIA):
         raise DataError("image_index: there are tokens of images, but no pixel_values; give the images too")
     return rest
+
+
+def _check_no_places(model: Any, inputs: Mapping[str, Any]) -> None:
+    """An image's token has an embedding, too, but no meaning."""
+    ids = inputs.get("input_ids")
+    if ids is None or not hasattr(model, "lay_out"):
+        return
+    for name, what in (("image_token_id", "pixel_values"), ("video_token_id", "pixel_values_videos")):
+        number = getattr(model.config, name, None)
+        count = 0 if number is None else int((np.asarray(ids) == number).sum())
+        if count:
+            raise DataError(f"input_ids: {count} tokens are places for images, but there are no {what}")
 
 
 def table_of(inputs: Mapping[str, Any], rows: int) -> FeatureTable:

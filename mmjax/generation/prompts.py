@@ -12,6 +12,7 @@ import numpy as np
 
 from mmjax.errors import ConfigError, DataError
 from mmjax.generation import images
+from mmjax.nn.rope import longest_unchanged
 
 # Arrays with one entry per token, which move with their tokens. Others go to the model as they are.
 PER_TOKEN = (
@@ -127,6 +128,15 @@ def longest_text(model: Any) -> int | None:
     longest = getattr(config, "max_position_embeddings", None)
     factor = getattr(getattr(config, "rope_scaling", None), "factor", None) or 1.0
     return None if longest is None else int(longest * max(1.0, float(factor)))
+
+
+def length_matters(model: Any, length: int) -> bool:
+    """Whether tokens of a text so long are rotated otherwise than in a shorter one.
+
+    Then keys that were written while the text was shorter are not those of the whole text.
+    """
+    longest = longest_unchanged(getattr(text_config(model), "rope_scaling", None))
+    return longest is not None and length > longest
 
 
 def longest_input(model: Any) -> int | None:

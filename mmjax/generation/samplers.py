@@ -10,6 +10,9 @@ import numpy as np
 
 from mmjax.errors import ConfigError
 
+# Logits are divided by some numbers: below this one, large logits become infinite in float32.
+_LEAST = 1e-30
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -40,6 +43,7 @@ class Greedy:
 
     def __post_init__(self) -> None:
         _check(self, "repetition_penalty", 0.0, math.inf, "above 0")
+        _check_divisor(self, "repetition_penalty")
 
     def plan(self) -> Plan:
         """What a program depends on."""
@@ -59,7 +63,7 @@ class Sampling:
     Attributes:
         repetition_penalty: as in `Greedy`.
         temperature: the logits are divided by it.
-        top_k: only so many of the likeliest tokens stay; None: all.
+        top_k: only so many of the likeliest tokens stay; None, or more than there are: all.
         top_p: only the likeliest tokens that together reach this probability stay (Holtzman et al. 2020).
         min_p: only tokens stay that have this share of the likeliest one's probability (Nguyen et al. 2024).
 
@@ -76,6 +80,8 @@ class Sampling:
     def __post_init__(self) -> None:
         _check(self, "repetition_penalty", 0.0, math.inf, "above 0")
         _check(self, "temperature", 0.0, math.inf, "above 0 (for the likeliest token use Greedy)")
+        _check_divisor(self, "repetition_penalty")
+        _check_divisor(self, "temperature")
         _check(self, "top_p", 0.0, 1.0, "above 0 and at most 1")
         _check(self, "min_p", 0.0, 1.0, "above 0 and at most 1")
         _check_whole(self, "top_k")
@@ -131,6 +137,14 @@ def _check(config: Any, name: str, above: float, most: float, what: str) -> None
         raise ConfigError(f"{name}: {value!r} is not a number {what}")
 
 
+def _check_divisor(config: Any, name: str) -> None:
+    """Refuse a number by which float32 logits become infinite, or no number at all."""
+    value = getattr(config, name)
+    if value is not None and not _LEAST <= value <= 1 / _LEAST:
+        hint = "; for the likeliest token use Greedy" if name == "temperature" and value < 1 else ""
+        raise ConfigError(f"{name}: {value!r} is outside what float32 can do, 1e-30 to 1e30{hint}")
+
+
 def _check_whole(config: Any, name: str) -> None:
     value = getattr(config, name)
     if value is None and name == "top_k":
@@ -145,9 +159,13 @@ def _given(config: Any) -> tuple[str, ...]:
 
 def _numbers(config: Any) -> dict[str, np.ndarray]:
     # An int of Python would be another type of input than an array, and so another program.
+    numbers = {name: getattr(config, name) for name in _given(config)}
+    if "top_k" in numbers:
+        # No vocabulary is larger, so this is all of it.
+        numbers["top_k"] = min(numbers["top_k"], np.iinfo(np.int32).max)
     return {
-        name: np.asarray(getattr(config, name), np.int32 if name == "top_k" else np.float32)
-        for name in _given(config)
+        name: np.asarray(value, np.int32 if name == "top_k" else np.float32)
+        for name, value in numbers.items()
     }
 
 

@@ -10,6 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from mmjax.errors import DataError
 from mmjax.generation.loop import repeat_rows
@@ -20,6 +21,7 @@ from mmjax.generation.prompts import (
     check_ids,
     check_length,
     check_model,
+    length_matters,
     longest_input,
     prepare,
 )
@@ -55,7 +57,9 @@ def score(
 ) -> AnswerScores:
     """Log-probabilities of answers, for multiple choice and for preferences.
 
-    Every prompt is computed once, however many answers it has. Differentiable in the parameters.
+    Every prompt is computed once, however many answers it has; only where the positions' scaling depends on
+    the length (dynamic, longrope) and a text is longer than the original context, once for each answer.
+    Differentiable in the parameters.
 
     Args:
         model, params, batch: as in `mmjax.generate`.
@@ -91,6 +95,7 @@ def score(
         np.pad(mask, padding),
         model=model,
         dtype=jnp.dtype(cache_dtype(model, params)).name,
+        whole=length_matters(model, prompts.length + longest),
     )[..., :longest]
     return AnswerScores(total=tokens.sum(axis=-1), tokens=tokens, mask=jnp.asarray(mask))
 
@@ -121,7 +126,7 @@ def _end(answer: np.ndarray) -> int:
     return int(negative[0]) if negative.size else len(answer)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "dtype"))
+@functools.partial(jax.jit, static_argnames=("model", "dtype", "whole"))
 def _score(
     params: Any,
     inputs: dict[str, Array],
@@ -131,20 +136,42 @@ def _score(
     *,
     model: Any,
     dtype: str,
+    whole: bool,
 ) -> Array:
-    """float32 [B, C, A]: of each token of answers int32 [B, C, A]."""
+    """float32 [B, C, A]: of each token of answers int32 [B, C, A].
+
+    With `whole`, prompts are read again with each answer, by models whose keys depend on the text's length.
+    """
     rows, count, longest = answers.shape
-    cache = model.init_cache(rows, inputs["attention_mask"].shape[1] + longest, dtype)
-    first, cache = read_prompt(model, params, cache, inputs, prompt_length, fresh=True)
-    first, cache = repeat_rows((first, cache), count)
-    ids = answers.reshape(-1, longest)
-    out = model.apply(
-        {"params": params}, input_ids=ids, attention_mask=mask.reshape(-1, longest), cache=cache
-    )
-    logits = jnp.concatenate([first[:, None], out.logits[:, :-1]], axis=1)
+    ids, given = answers.reshape(-1, longest), mask.reshape(-1, longest)
+    if whole:
+        logits = _whole_texts(params, inputs, prompt_length, ids, given, model=model)
+    else:
+        cache = model.init_cache(rows, inputs["attention_mask"].shape[1] + longest, dtype)
+        first, cache = read_prompt(model, params, cache, inputs, prompt_length, fresh=True)
+        first, cache = repeat_rows((first, cache), count)
+        out = model.apply({"params": params}, input_ids=ids, attention_mask=given, cache=cache)
+        logits = jnp.concatenate([first[:, None], out.logits[:, :-1]], axis=1)
     chosen = jnp.take_along_axis(logits, ids[:, :, None], axis=-1)[..., 0]
     tokens = (chosen - jax.nn.logsumexp(logits, axis=-1)).reshape(answers.shape)
     return jnp.where(mask, tokens, 0.0)
+
+
+def _whole_texts(
+    params: Any, inputs: dict[str, Array], prompt_length: Array, ids: Array, mask: Array, *, model: Any
+) -> Array:
+    """float32 [B * C, A, V]: what answers [B * C, A] are scored by, of one pass over prompt and answer."""
+    apply = functools.partial(model.apply, {"params": params})
+    # Images are looked at once: what is repeated is what the decoder reads.
+    prompt = apply(**inputs, method="embed_inputs"), inputs["attention_mask"] != 0
+    embeds, before = repeat_rows(prompt, len(ids) // len(prompt[1]))
+    embeds = jnp.concatenate([embeds, apply(input_ids=ids, method="embed_inputs")], axis=1)
+    whole_mask = jnp.concatenate([before, mask], axis=1)
+    hidden, _ = apply(inputs_embeds=embeds, attention_mask=whole_mask, method="hidden")
+    # The padding after a prompt lies between its last token and the answer's first.
+    last = lax.dynamic_index_in_dim(hidden, prompt_length - 1, axis=1, keepdims=True)
+    hidden = jnp.concatenate([last, hidden[:, before.shape[1] : -1]], axis=1)
+    return apply(hidden, method="logits")
 
 
 __all__ = ["AnswerScores", "score"]

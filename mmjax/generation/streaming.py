@@ -15,7 +15,7 @@ from mmjax.errors import ConfigError, DataError
 from mmjax.generation import images
 from mmjax.generation.loop import resume, start
 from mmjax.generation.prefill import in_pieces
-from mmjax.generation.prompts import bucket, cache_dtype, longest_input, prepare
+from mmjax.generation.prompts import bucket, cache_dtype, length_matters, longest_input, prepare
 from mmjax.generation.samplers import BeamSearch, Greedy, Sampler
 from mmjax.generation.text import make_ready
 
@@ -56,7 +56,9 @@ def stream(
         model, params, batch, max_new_tokens, sampler, key, stop_ids, num_return_sequences, pad_id: as there;
             no beam search.
         conversation: what the model has read already, one row. `batch` is the whole text so far, with all of
-            its images; as much of its beginning as the conversation shares is not computed again.
+            its images; as much of its beginning as the conversation shares is not computed again. Where the
+            positions' scaling depends on the length (dynamic, longrope), texts beyond the original context
+            are computed as a whole.
 
     Raises:
         ConfigError, DataError: what cannot be done as asked; before anything is computed.
@@ -86,7 +88,9 @@ def stream(
         known = {"input_ids", "attention_mask", *images.NAMES}
         if keys is None or num_return_sequences != 1 or set(batch) - known:
             raise DataError("conversation: goes on with one row of input_ids and its images, nothing else")
-        reused = shared(conversation.keys, keys)
+        # The conversation's own length counts too: a text that was cut short has keys of the longer one.
+        longest = max(prompts.length, len(conversation.ids))
+        reused = 0 if length_matters(model, longest) else shared(conversation.keys, keys)
     text = {name: prompts.inputs[name] for name in ("input_ids", "attention_mask") if name in prompts.inputs}
     if reused:
         rest = {name: value for name, value in prompts.inputs.items() if name in images.MEDIA}
@@ -215,12 +219,18 @@ def rewind(cache: Any, tokens: Array, *, length: int) -> Any:
     return wide.replace(mask=wide.mask & (jnp.arange(length) < tokens), cursor=jnp.asarray(tokens))
 
 
+# A byte that only goes on with a character, as vocabularies with a token for each byte write it.
+_A_BYTE = "<0x80>"
+
+
 def stream_text(
     tokens: Iterable[np.ndarray], tokenizer: Any, *, skip_special_tokens: bool = True
 ) -> Iterator[str]:
     """The text of one row of tokens, in pieces that together are what `tokenizer.decode` gives.
 
-    A piece is held back while its last character is incomplete. Closing the iterator closes `tokens`.
+    A piece is held back while its last character is incomplete. Where tokens stand for single bytes beside
+    others (`<0x80>`), a run of them is held back to its end: one wrong byte changes what all of them mean.
+    Closing the iterator closes `tokens`.
 
     Args:
         tokens: arrays of one id, such as `stream` gives.
@@ -231,6 +241,17 @@ def stream_text(
     # Pieces are decoded together with the ones before: what a token means depends on its neighbours.
     behind = said = 0
     before = ""
+    find = getattr(tokenizer, "token_to_id", None)
+    byte = find(_A_BYTE) if find is not None else None
+
+    def decode(some: list[int]) -> str:
+        return tokenizer.decode(some, skip_special_tokens=skip_special_tokens)
+
+    def is_final(now: str) -> bool:
+        if now.endswith("\ufffd"):
+            return False
+        return byte is None or decode([*ids[behind:], byte]).startswith(now)
+
     try:
         for token in tokens:
             number = int(np.asarray(token).reshape(()) if np.size(token) == 1 else _several(token))
@@ -238,12 +259,12 @@ def stream_text(
             if number >= tokenizer.vocab_size:
                 continue
             ids.append(number)
-            now = tokenizer.decode(ids[behind:], skip_special_tokens=skip_special_tokens)
-            if len(now) > len(before) and not now.endswith("\ufffd"):
+            now = decode(ids[behind:])
+            if len(now) > len(before) and is_final(now):
                 yield now[len(before) :]
                 behind, said = said, len(ids)
-                before = tokenizer.decode(ids[behind:said], skip_special_tokens=skip_special_tokens)
-        rest = tokenizer.decode(ids[behind:], skip_special_tokens=skip_special_tokens) if ids else ""
+                before = decode(ids[behind:said])
+        rest = decode(ids[behind:]) if ids else ""
         if len(rest) > len(before):
             yield rest[len(before) :]
     finally:

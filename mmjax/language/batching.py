@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -139,14 +139,23 @@ def checked_texts(texts: Any) -> list[str]:
     Raises:
         DataError: nothing, or something that is no text.
     """
+    if not isinstance(texts, Iterable):
+        raise DataError(f"text is a {type(texts).__name__}: pass a string or a list of strings")
     rows = [texts] if isinstance(texts, str) else list(texts)
     if not rows:
         raise DataError("no texts given: pass at least one")
     for i, text in enumerate(rows):
         if not isinstance(text, str):
             raise DataError(f"text {i} is a {type(text).__name__}: pass a string or a list of strings")
-        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-            raise DataError(
-                f"text {i} has half a surrogate pair, which is no character: decode it as UTF-8 first"
-            )
+        check_characters(text, f"text {i}")
     return rows
+
+
+def check_characters(text: str, name: str) -> None:
+    """Refuse a text with something that is no character, as bytes that are not UTF-8 become.
+
+    Raises:
+        DataError: it has half a surrogate pair.
+    """
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError(f"{name} has half a surrogate pair, which is no character: decode it as UTF-8 first")

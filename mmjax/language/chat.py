@@ -10,7 +10,6 @@ transformers does.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from mmjax.errors import DataError
+from mmjax.language.batching import check_characters
+from mmjax.language.marks import Reader, mark, split
 from mmjax.language.templates import ChatTemplate, plain_data
 
 # Unicode's noncharacters: no text has a reason to contain one.
@@ -36,17 +37,26 @@ class ControlTokens:
         special: the special tokens.
         written: other added tokens that the template writes, such as tags of tool calls. An assistant's own
             message may contain them, since templates look for them there; nobody else's may.
+        reader: how the tokenizer looks for them, if it changes texts first; None: in the text as it is.
     """
 
     special: tuple[str, ...]
     written: tuple[str, ...] = ()
+    reader: Reader | None = None
 
     @classmethod
-    def of(cls, added: Iterable[tuple[str, bool]], template: ChatTemplate) -> ControlTokens:
+    def of(
+        cls, added: Iterable[tuple[str, bool]], template: ChatTemplate, reader: Reader | None = None
+    ) -> ControlTokens:
         """The control tokens among a tokenizer's added tokens (text, whether it is special)."""
-        added, literals = list(added), template.literals()
-        plain = (text for text, special in added if not special and text.strip() and text in literals)
-        return cls(tuple(text for text, special in added if special and text.strip()), tuple(plain))
+        added, literals = [pair for pair in added if pair[0].strip()], template.literals()
+        plain = [text for text, special in added if not special]
+        written = {text for text in plain if text in literals}
+        if reader is not None:
+            literals = reader.changed(literals)
+            written |= {text for text in plain if reader.changed(text) in literals}
+        special = tuple(text for text, special in added if special)
+        return cls(special, tuple(text for text in plain if text in written), reader)
 
     @property
     def all(self) -> tuple[str, ...]:
@@ -114,8 +124,8 @@ def chat_pieces(
         were typed). A control token that lies whole in a piece was written by the template.
 
     Raises:
-        DataError: see `render_chat`; also a message with a control token of one character, which cannot be
-            cut.
+        DataError: see `render_chat`; also a message in which one character is a control token, which cannot
+            be cut, or something is no character.
 
     >>> template = ChatTemplate("{% for m in messages %}<s>{{ m.content }}{% endfor %}")
     >>> chat_pieces(template, [{"role": "user", "content": "a <s> b"}], ControlTokens(("<s>",)))
@@ -123,14 +133,19 @@ def chat_pieces(
     """
     chat = _checked(messages)
     typed = {name: plain_data(options[name]) for name in ("tools", "documents") if options.get(name)}
-    mark = _unused_mark([*chat, *typed.values()])
-    marked = [
-        _map_texts(m, lambda text, m=m: _mark(text, _forbidden(m, control), mark))  # type: ignore[misc]
-        for m in chat
-    ]
-    extra = {name: _map_texts(v, lambda text: _mark(text, control.all, mark)) for name, v in typed.items()}
-    text = render_chat(template, marked, **{**options, **extra})
-    return _split(text, mark, control.all)
+    named = {**{f"messages[{number}]": message for number, message in enumerate(chat)}, **typed}
+    for name, value in named.items():
+        for text in _texts(value):
+            check_characters(text, name)
+    sign = _unused_mark([*chat, *typed.values()])
+
+    def marked(value: Any, tokens: tuple[str, ...]) -> Any:
+        return _map_texts(value, lambda text: mark(text, tokens, sign, control.reader))
+
+    safe = [marked(message, _forbidden(message, control)) for message in chat]
+    extra = {name: marked(value, control.all) for name, value in typed.items()}
+    text = render_chat(template, safe, **{**options, **extra})
+    return split(text, sign, control.all, control.reader)
 
 
 def answer_spans(
@@ -261,58 +276,6 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _texts(item)
-
-
-def _mark(text: str, tokens: tuple[str, ...], mark: str) -> str:
-    """The text with a mark inside everything that looks like a token, and where half a token begins or ends.
-
-    Half a token at an end could meet its other half, from the next text or from the template. White space
-    beyond it does not count, as templates strip it. Whether a mark matters is seen after rendering.
-    """
-    places: set[int] = set()
-    start, end = len(text) - len(text.lstrip()), len(text.rstrip())
-    begins, ends = _halves(tokens)
-    if text.endswith(begins, start, end):
-        places.add(end)
-    if text.startswith(ends, start, end):
-        places.add(start)
-    for token in tokens:
-        place = text.find(token)
-        while place >= 0:
-            if len(token) == 1:
-                raise DataError(f"messages: {token!r} is a control token of one character and cannot be text")
-            places.add(place + 1)
-            place = text.find(token, place + 1)
-    for place in sorted(places, reverse=True):
-        text = text[:place] + mark + text[place:]
-    return text
-
-
-@functools.lru_cache(maxsize=32)
-def _halves(tokens: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """How tokens can begin, and how they can end, without being whole."""
-    cuts = [(token[:half], token[half:]) for token in tokens for half in range(1, len(token))]
-    begins, ends = zip(*cuts, strict=True) if cuts else ((), ())
-    return tuple(dict.fromkeys(begins)), tuple(dict.fromkeys(ends))
-
-
-def _split(marked: str, mark: str, tokens: Iterable[str]) -> list[str]:
-    """The text without marks, cut at those that lie inside something that looks like a token."""
-    parts = marked.split(mark)
-    if len(parts) == 1:
-        return parts
-    text = "".join(parts)
-    marks: list[int] = []
-    for part in parts[:-1]:
-        marks.append((marks[-1] if marks else 0) + len(part))
-    inside: set[int] = set()
-    for token in tokens:
-        place = text.find(token)
-        while place >= 0:
-            inside.update(range(place + 1, place + len(token)))
-            place = text.find(token, place + 1)
-    cuts = [0, *sorted({place for place in marks if place in inside}), len(text)]
-    return [text[begin:end] for begin, end in zip(cuts, cuts[1:], strict=False)]
 
 
 def _framed(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -114,6 +114,8 @@ class DecoderConfig:
         initializer_range: standard deviation of fresh kernels and tables.
         bos_token_id, eos_token_id, pad_token_id: special ids; several may end a text.
         hub: the config.json that was read, for what changes nothing here but is written back.
+        generation_config: the text of the generation_config.json beside it, which is written back as it is;
+            "": none.
     """
 
     model_type: str = "llama"
@@ -159,6 +161,7 @@ class DecoderConfig:
     eos_token_id: int | tuple[int, ...] | None = None
     pad_token_id: int | None = None
     hub: str = dataclasses.field(default="{}", compare=False, repr=False)
+    generation_config: str = dataclasses.field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_positive(

@@ -218,7 +218,7 @@ class Decoder(nn.Module):
             x = self.project_in(x)
         rope = None
         if self.config.positions == "rope":
-            rope = rope_tables(self.config.rope, position_ids)
+            rope = rope_tables(self.config.rope, position_ids, segment_ids)
         else:
             x = x + self.embed_positions(position_ids + self.config.position_offset)
         keep = (output_hidden_states, output_attentions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from mmjax.errors import CheckpointError, DataError
+from mmjax.errors import CheckpointError
 from mmjax.language.tokenizer_config import (
     CLASS_DEFAULTS,
     CLIP_END,
@@ -21,6 +22,8 @@ from mmjax.language.tokenizer_config import (
 )
 
 _CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# A noncharacter of Unicode: no vocabulary has a use for it.
+_NO_TOKEN = "\ufdee"
 
 
 class FastBackend:
@@ -58,23 +61,37 @@ class FastBackend:
         """Ids of the pieces of one text, and which of its characters each holds; none spans two pieces."""
         ids, places, done = [], [], 0
         for number, piece in enumerate(pieces):
-            # What follows a special token is tokenized as the inside of a text and not as its beginning.
-            before = self._anchor() if number else ""
+            before, is_token = self._anchor if number else ("", False)
             encoding = self._tokenizer.encode(before + piece, add_special_tokens=False)
-            first = 1 if number else 0
+            first = 1 if is_token else sum(end <= len(before) for _, end in encoding.offsets) * bool(before)
             ids += encoding.ids[first:]
             shift = done - len(before)
-            places += [(begin + shift, end + shift) for begin, end in encoding.offsets[first:]]
+            places += [(max(begin + shift, done), end + shift) for begin, end in encoding.offsets[first:]]
             done += len(piece)
         return ids, places
 
-    def _anchor(self) -> str:
+    @functools.cached_property
+    def _anchor(self) -> tuple[str, bool]:
+        """What is put before a piece that is not the first, and whether it is one token.
+
+        What follows it is tokenized as the inside of a text and not as its beginning.
+        """
+        changes = self._tokenizer.normalizer
+        # Where a space is put before what follows a special token, a character that no token holds serves.
+        begins = changes is not None and not changes.normalize_str("x").startswith("x")
         for token in self._tokenizer.get_added_tokens_decoder().values():
-            if token.special and not (token.rstrip or token.lstrip or token.single_word or token.normalized):
-                return token.content
-        raise DataError(
-            "the tokenizer has no special token, so typed text cannot be told from the template's"
-        )
+            loose = token.rstrip or token.lstrip or token.single_word or token.normalized
+            if token.special and not (loose or begins or self._tokenizer.encode_special_tokens):
+                return token.content, True
+        return _NO_TOKEN, False
+
+    @functools.cached_property
+    def reader(self) -> FastReader | None:
+        """How added tokens are found where texts are changed first; None where they are looked for as is."""
+        tokens = self._tokenizer.get_added_tokens_decoder()
+        if self._tokenizer.normalizer is None or not any(token.normalized for token in tokens.values()):
+            return None
+        return FastReader(self._tokenizer, self._anchor[0])
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         text = self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
@@ -89,6 +106,38 @@ class FastBackend:
     def save(self, folder: Path) -> None:
         (folder / "tokenizer.json").write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
         (folder / "spiece.model").unlink(missing_ok=True)  # one vocabulary per folder
+
+
+class FastReader:
+    """What a tokenizer finds of its added tokens, without tokenizing the rest (a `marks.Reader`).
+
+    Args:
+        tokenizer: with a normalizer.
+        anchor: what is put before a piece that is not the first.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, anchor: str) -> None:
+        self._anchor = anchor
+        # Of an empty vocabulary without an unknown token, nothing but added tokens comes out.
+        self._finder = tokenizers.Tokenizer(models.BPE())
+        # The normalizer first: tokens are changed by it when they are added.
+        self._finder.normalizer = tokenizer.normalizer
+        tokens = sorted(tokenizer.get_added_tokens_decoder().items(), key=lambda pair: pair[0])
+        self._finder.add_tokens([token for _, token in tokens])
+        self._finder.encode_special_tokens = tokenizer.encode_special_tokens
+        self._contents = {n: t.content for n, t in self._finder.get_added_tokens_decoder().items()}
+
+    def changed(self, text: str) -> str:
+        """The text that tokens are looked for in."""
+        return self._finder.normalizer.normalize_str(text)
+
+    def find(self, text: str, inside: bool) -> list[tuple[str, int, int]]:
+        """Added tokens in a text, each with its first character and one past its last."""
+        before = self._anchor if inside else ""
+        found = self._finder.encode(before + text, add_special_tokens=False)
+        places = ((max(begin - len(before), 0), end - len(before)) for begin, end in found.offsets)
+        named = ((self._contents[n], *place) for n, place in zip(found.ids, places, strict=True))
+        return [(token, begin, end) for token, begin, end in named if end > 0]
 
 
 def clip_model(vocab: dict[str, int], merges: list[tuple[str, str]]) -> models.BPE:

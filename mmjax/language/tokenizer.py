@@ -302,7 +302,8 @@ class Tokenizer:
         if not isinstance(self._backend, FastBackend):
             raise DataError("conversations need a tokenizer.json: this folder has another kind of vocabulary")
         added = self._backend.added()
-        pieces = chat_pieces(template, chat, ControlTokens.of(added, template), **options)
+        control = ControlTokens.of(added, template, self._backend.reader)
+        pieces = chat_pieces(template, chat, control, **options)
         ids, places = self._backend.encode_pieces(pieces)
         if not answers:
             return ids, []

@@ -15,15 +15,14 @@ from mmjax.losses.pairs import (
     all_sum,
     beyond,
     group_ids,
-    make_plan,
     once_only,
     own_dots,
+    prepare,
     tile_dots,
     weighted,
 )
 from mmjax.losses.rows import Axis
 from mmjax.losses.sweep import sweep, valid_pairs
-from mmjax.nn.products import accumulator
 
 Array = jax.Array
 
@@ -48,7 +47,8 @@ def infonce(
         text_embeds: [N, D], of length 1.
         logit_scale: scalar, the multiplier itself (not its logarithm).
         groups: int [N]; every text whose group is an image's is a positive of it, each with the same weight
-            (and the other way round). None: row k alone.
+            (and the other way round). None: row k alone. Numpy's of 64 bits are all told apart; jax keeps
+            32 of them unless jax_enable_x64 is set.
         block_size: rows and columns of a tile; None means 512, the least memory at full speed on a CPU;
             larger tiles keep larger chips busy.
         mesh: the embeddings are sharded over `axis` of this mesh; columns travel in a ring, and no device
@@ -59,16 +59,20 @@ def infonce(
         Scalar in at least float32: the mean over N of the two cross-entropies' mean.
 
     Raises:
-        ConfigError: impossible block size, or rows that the mesh axes cannot split evenly.
+        ConfigError: embeddings that are no numbers or no rows, groups that are no integers or not one a row,
+            a scale that is more than one number, an impossible block size, or rows that the mesh axes cannot
+            split evenly.
 
     Source: Radford et al. 2021, figure 3; several positives as in Khosla et al. 2020, equation 2.
 
     >>> float(infonce(jnp.eye(2), jnp.eye(2), 100.0))
     0.0
     """
-    plan = make_plan(image_embeds, text_embeds, block_size, mesh, axis)
-    scale = jnp.asarray(logit_scale, accumulator(image_embeds.dtype))
-    return _infonce(plan, image_embeds, text_embeds, scale, groups)
+    scalars = {"logit_scale": logit_scale}
+    plan, image, text, ids, (scale,) = prepare(
+        image_embeds, text_embeds, groups, scalars, block_size, mesh, axis
+    )
+    return _infonce(plan, image, text, scale, ids)
 
 
 def _extend(state: tuple[Array, Array], logits: Array, axis: int) -> tuple[Array, Array]:
@@ -185,6 +189,7 @@ def _infonce(plan: Plan, image: Array, text: Array, scale: Array, groups: Array 
     return _infonce_forward(plan, image, text, scale, groups)[0]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _infonce_forward(plan: Plan, image: Array, text: Array, scale: Array, groups: Array | None) -> Any:
     def local(sharded: Any, whole: Any, axis: Axis | None) -> Any:
         image, text, groups = sharded
@@ -195,6 +200,7 @@ def _infonce_forward(plan: Plan, image: Array, text: Array, scale: Array, groups
     return loss, (image, text, scale, groups, statistics)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _infonce_backward(plan: Plan, saved: Any, cotangent: Array) -> Any:
     image, text, scale, groups, statistics = saved
     count = image.shape[0]

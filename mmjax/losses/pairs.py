@@ -13,10 +13,11 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from mmjax.errors import ConfigError
-from mmjax.losses.rows import Axis, Rows
+from mmjax.losses.rows import Axis, Rows, vary_alike
 from mmjax.losses.sweep import blocks, join
 from mmjax.nn.products import accumulator
 
@@ -39,17 +40,60 @@ class Plan:
     fine: bool
 
 
-def make_plan(
-    image_embeds: Array, text_embeds: Array, block_size: int | None, mesh: Mesh | None, axis: Axis
-) -> Plan:
+def prepare(
+    image_embeds: Array,
+    text_embeds: Array,
+    groups: Array | None,
+    scalars: dict[str, Array | float],
+    block_size: int | None,
+    mesh: Mesh | None,
+    axis: Axis,
+) -> tuple[Plan, Array, Array, Array | None, list[Array]]:
+    """The plan, and both sides, the groups and the scalars as the losses take them.
+
+    Raises:
+        ConfigError: what cannot be a batch, groups, a scalar, a tile or a mesh's rows.
+    """
+    sides = {"image_embeds": image_embeds, "text_embeds": text_embeds}
+    for name, value in sides.items():
+        if not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+            raise ConfigError(f"{name}: expected floating-point numbers, got {jnp.result_type(value)}")
     chex.assert_rank([image_embeds, text_embeds], 2)
     chex.assert_equal_shape([image_embeds, text_embeds])
+    count = image_embeds.shape[0]
+    if not count:
+        raise ConfigError("image_embeds: no rows; a batch has at least one pair")
     block_size = BLOCK_SIZE if block_size is None else block_size
     if block_size < 1:
         raise ConfigError(f"block_size: expected a positive integer, got {block_size}")
-    count = image_embeds.shape[0]
     fine = count <= FINE_PAIRS and accumulator(image_embeds.dtype) == jnp.float32
-    return Plan(block_size, Rows.over(mesh, axis, count, "image_embeds"), fine)
+    rows = Rows.over(mesh, axis, count, "image_embeds")
+    dtype = accumulator(image_embeds.dtype)
+    numbers = [_scalar(name, value, dtype) for name, value in scalars.items()]
+    ids = None if groups is None else rows.lay(_ids(groups, count), "groups")
+    laid = [rows.lay(value, name) for name, value in sides.items()]
+    (image, text), ids, numbers = vary_alike((laid, ids, numbers))
+    return Plan(block_size, rows, fine), image, text, ids, numbers
+
+
+def _scalar(name: str, value: Array | float, dtype: Any) -> Array:
+    number = jnp.asarray(value, dtype)
+    if number.size != 1:
+        raise ConfigError(f"{name}: expected one number, got shape {number.shape}")
+    return number.reshape(())
+
+
+def _ids(groups: Any, count: int) -> Any:
+    """Groups as integers that jax does not cut: those of 64 bits are numbered anew where they are large."""
+    groups = groups if isinstance(groups, jax.Array) else np.asarray(groups)
+    if not jnp.issubdtype(groups.dtype, jnp.integer):
+        raise ConfigError(f"groups: expected integers, got {groups.dtype}")
+    if groups.shape != (count,):
+        raise ConfigError(f"groups: expected one for each of the {count} rows, got shape {groups.shape}")
+    kept = jax.dtypes.canonicalize_dtype(groups.dtype)
+    if isinstance(groups, np.ndarray) and (groups.astype(kept) != groups).any():
+        return np.unique(groups, return_inverse=True)[1].astype(np.int32)
+    return groups
 
 
 def all_sum(x: Array, axis: Axis | None) -> Array:

@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mmjax.losses.pairs import Plan, all_mean, all_sum, group_ids, make_plan, once_only, tile_dots, weighted
+from mmjax.losses.pairs import Plan, all_mean, all_sum, group_ids, once_only, prepare, tile_dots, weighted
 from mmjax.losses.rows import Axis
 from mmjax.losses.sweep import sweep, valid_pairs
-from mmjax.nn.products import accumulator
 
 Array = jax.Array
 
@@ -52,21 +51,26 @@ def sigmoid(
     >>> round(float(sigmoid(jnp.eye(1), jnp.eye(1), 0.0, 0.0)), 4)
     0.6931
     """
-    plan = make_plan(image_embeds, text_embeds, block_size, mesh, axis)
-    dtype = accumulator(image_embeds.dtype)
-    scale, bias = jnp.asarray(logit_scale, dtype), jnp.asarray(logit_bias, dtype)
-    return _sigmoid(plan, image_embeds, text_embeds, scale, bias, groups)
+    scalars = {"logit_scale": logit_scale, "logit_bias": logit_bias}
+    plan, image, text, ids, (scale, bias) = prepare(
+        image_embeds, text_embeds, groups, scalars, block_size, mesh, axis
+    )
+    return _sigmoid(plan, image, text, scale, bias, ids)
 
 
 def _signs(row: dict[str, Array], col: dict[str, Array], dtype: Any) -> Array:
     return jnp.where(row["group"][:, None] == col["group"][None, :], 1, -1).astype(dtype)
 
 
-def _tile_losses(row: Any, col: Any, scale: Array, bias: Array) -> tuple[Array, Array, Array]:
+def _tile_losses(row: Any, col: Any, scale: Array, bias: Array, fine: bool) -> tuple[Array, Array, Array]:
     """Of one tile: dot products, losses, and the derivatives of the losses by the logits."""
-    (dots,) = tile_dots(row, col)
+    dots, *finer = tile_dots(row, col, fine)
     signs = _signs(row, col, dots.dtype)
-    logits = signs * (dots * scale + bias)
+    logits = dots * scale + bias
+    if finer:
+        # Added last: it is small, and would be rounded away beside the product.
+        dots, logits = dots + finer[0], logits + finer[0] * scale
+    logits = signs * logits
     # softplus(-x) and sigmoid(-x) from the one exponential that they share and that cannot overflow.
     small = jnp.exp(-jnp.abs(logits))
     losses = jnp.maximum(-logits, 0) + jnp.log1p(small)
@@ -86,7 +90,7 @@ def _sigmoid_value(
     image: Array, text: Array, groups: Array | None, scale: Array, bias: Array, plan: Plan, axis: Axis | None
 ) -> Array:
     def tile(row: Any, row_sums: Any, col: Any, col_sums: Any) -> tuple[Any, Any]:
-        return row_sums + _tile_losses(row, col, scale, bias)[1].sum(axis=1), col_sums
+        return row_sums + _tile_losses(row, col, scale, bias, plan.fine)[1].sum(axis=1), col_sums
 
     zero = jnp.zeros(image.shape[0], scale.dtype)
     rows, cols = _sides(image, text, groups, axis)
@@ -100,7 +104,7 @@ def _sigmoid_gradient(
     """The loss and its gradients, in at least float32: no tile waits for another, so one sweep has both."""
 
     def tile(row: Any, row_sums: Any, col: Any, col_sums: Any) -> tuple[Any, Any]:
-        dots, losses, weights = _tile_losses(row, col, scale, bias)
+        dots, losses, weights = _tile_losses(row, col, scale, bias, plan.fine)
         to_rows, to_cols = weighted(weights, row, col)
         sums = {
             "x": row_sums["x"] + to_rows,
@@ -126,6 +130,7 @@ def _sigmoid_gradient(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.jit, static_argnums=0)
 def _sigmoid(plan: Plan, image: Array, text: Array, scale: Array, bias: Array, groups: Array | None) -> Array:
     def local(sharded: Any, whole: Any, axis: Axis | None) -> Any:
         (image, text, groups), (scale, bias) = sharded, whole
@@ -134,6 +139,7 @@ def _sigmoid(plan: Plan, image: Array, text: Array, scale: Array, bias: Array, g
     return plan.rows.run(local, (image, text, groups), (scale, bias), False)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _sigmoid_forward(
     plan: Plan, image: Array, text: Array, scale: Array, bias: Array, groups: Array | None
 ) -> tuple[Array, Any]:
@@ -146,6 +152,7 @@ def _sigmoid_forward(
     return loss, (grads, jnp.zeros((), image.dtype), jnp.zeros((), text.dtype))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _sigmoid_backward(plan: Plan, saved: Any, cotangent: Array) -> Any:
     grads, image, text = saved
     to_image, to_text, to_scale, to_bias = (cotangent * gradient for gradient in once_only("sigmoid", grads))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mmjax.losses.rows import Axis
+from mmjax.losses.rows import Axis, vary_alike
 
 Array = jax.Array
 # (rows, their accumulators, columns, their accumulators) -> new accumulators of both.
@@ -38,6 +38,7 @@ def sweep(
     Returns:
         The accumulators of the rows and of the columns.
     """
+    row_sums, col_sums = vary_alike((row_sums, col_sums), (rows, cols))
     if axis is None:
         return _sweep_local(tile, rows, row_sums, cols, col_sums, block_size)
     size = lax.axis_size(axis)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -16,8 +17,16 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError
 
 from mmjax.checkpoints.files import TensorReader, open_tensors, read_json
-from mmjax.checkpoints.weights import SHARD_BYTES, load_params, save_params, write_json
+from mmjax.checkpoints.weights import (
+    SHARD_BYTES,
+    load_params,
+    refuse_stored_kernels,
+    save_params,
+    write_json,
+    write_text,
+)
 from mmjax.errors import CheckpointError, ConfigError
+from mmjax.language.config import DecoderConfig
 from mmjax.models.assemblies import Model
 from mmjax.models.family import FAMILIES, Family, choose_architecture, family_of_model, family_of_type
 from mmjax.models.hub_config import merge, refuse_code_and_quantisation
@@ -25,6 +34,8 @@ from mmjax.models.processor import Processor
 from mmjax.nn import Execution, canonical_dtype, parameter_specs, transposed
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# Says which ids end an answer, among others: nothing that a model computes with, so it travels as text.
+_GENERATION = "generation_config.json"
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
@@ -139,6 +150,7 @@ def load(
     opened = other and other(folder, hub, dtype=dtype, mesh=mesh, execution=execution, find=find_folder)
     if opened:
         model, params, processor = opened
+        model = _with_generation(model, folder)
         return model, transposed.transpose_kernels(params) if transpose_kernels else params, processor
     with open_tensors(folder) as reader:
         family, model = open_model(folder, reader, execution or Execution())
@@ -155,7 +167,29 @@ def load(
             where=str(folder),
             transposed=transposed.FEW_ROWS_KERNELS if transpose_kernels else None,
         )
-    return model, params, Processor.from_folder(folder)
+    return _with_generation(model, folder), params, Processor.from_folder(folder)
+
+
+def _with_generation(model: Model, folder: Path) -> Model:
+    """A language model with the folder's generation_config.json in its brain's config, for `save`.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    path, config = folder / _GENERATION, model.config
+    brain = _brain(config)
+    if brain is None or not path.is_file():
+        return model
+    read_json(path)
+    brain = dataclasses.replace(brain, generation_config=path.read_bytes().decode())
+    alone = isinstance(config, DecoderConfig)
+    return model.clone(config=brain if alone else dataclasses.replace(config, text_config=brain))
+
+
+def _brain(config: Any) -> DecoderConfig | None:
+    """The config of the decoder that a model is or has."""
+    brain = getattr(config, "text_config", config)
+    return brain if isinstance(brain, DecoderConfig) else None
 
 
 def save(
@@ -168,6 +202,8 @@ def save(
 ) -> None:
     """Write a folder that `load` and transformers open.
 
+    The generation_config.json of the folder that a language model was opened from is written again as it is.
+
     Args:
         folder: made if it does not exist; the model files of an earlier save in it are replaced.
         model, params: as `load` or training gives them; parameters may be sharded.
@@ -175,7 +211,8 @@ def save(
         shard_bytes: weights larger than this are split into several files.
 
     Raises:
-        CheckpointError: parameters that do not fit the model, or a folder that cannot be written.
+        CheckpointError: parameters that do not fit the model, kernels that are not arrays (int8, transposed;
+            see `mmjax.nn.quantized.dequantize`), or a folder that cannot be written.
     """
     family, architecture = family_of_model(model)
     flat = check_params(model, params)
@@ -194,6 +231,9 @@ def save(
         folder.mkdir(parents=True, exist_ok=True)
         save_params(folder, family.rules(model), params, shard_bytes)
         write_json(folder / "config.json", hub)
+        brain = _brain(model.config)
+        if brain is not None and brain.generation_config:
+            write_text(folder / _GENERATION, brain.generation_config)
         if processor is not None:
             processor.save(folder)
     except (OSError, SafetensorError) as error:
@@ -205,9 +245,11 @@ def check_params(model: Model, params: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters by path, if they are exactly the model's.
 
     Raises:
-        CheckpointError: missing, extra or misshapen ones, and what is no array of floats, all listed.
+        CheckpointError: missing, extra or misshapen ones, and what is no array of floats, all listed; or a
+            stored kernel.
     """
     flat = flatten_dict(dict(params), sep="/")
+    refuse_stored_kernels(flat)
     specs = flatten_dict(parameter_specs(model), sep="/")
     faults = [f"missing: {path}" for path in specs if path not in flat]
     faults += [f"extra: {path}" for path in flat if path not in specs]

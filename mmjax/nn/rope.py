@@ -186,7 +186,18 @@ def depends_on_length(scaling: RopeScaling | None) -> bool:
     >>> depends_on_length(DynamicScaling(factor=2.0, original_max_position_embeddings=8))
     True
     """
-    return isinstance(scaling, (DynamicScaling, LongRopeScaling))
+    return longest_unchanged(scaling) is not None
+
+
+def longest_unchanged(scaling: RopeScaling | None) -> int | None:
+    """How long a text may be and still be rotated as every shorter one is; None: as long as it likes.
+
+    >>> longest_unchanged(DynamicScaling(factor=2.0, original_max_position_embeddings=8))
+    8
+    """
+    if isinstance(scaling, (DynamicScaling, LongRopeScaling)):
+        return scaling.original_max_position_embeddings
+    return None
 
 
 def rope_frequencies(config: RopeConfig, length: Any = None) -> Array:
@@ -194,26 +205,28 @@ def rope_frequencies(config: RopeConfig, length: Any = None) -> Array:
 
     Args:
         config: width, base and scaling.
-        length: int [B], each text's length so far, for scalings that depend on it (dynamic, longrope); None
-            means texts within the original context.
+        length: int [B], each text's length so far, for scalings that depend on it (dynamic, longrope), or
+            int [B, T], that of each token's text; None means texts within the original context.
 
     Returns:
-        float32 [H / 2], or [B, 1, H / 2] where the scaling depends on the length.
+        float32 [H / 2], or [B, 1, H / 2] (or [B, T, H / 2]) where the scaling depends on the length.
 
     Source: Su et al. 2021, section 3.2.2; the scalings as their dataclasses say.
-    Deviation: transformers takes the longest text of a batch for `length`; here each row has its own, so that
-    a text's result does not depend on its neighbours.
+    Deviation: transformers takes the longest text of a batch for `length`; here each row (or packed text) has
+    its own, so that a text's result does not depend on its neighbours.
 
     >>> [round(float(x), 3) for x in rope_frequencies(RopeConfig(head_dim=4))]
     [1.0, 0.01]
     """
     scaling = config.scaling
     exponent = np.arange(0, config.head_dim, 2) / config.head_dim
+    if length is not None:
+        length = length[:, None, None] if length.ndim == 1 else length[..., None]
     if isinstance(scaling, DynamicScaling) and length is not None:
         ratio = jnp.maximum(length, scaling.original_max_position_embeddings).astype(jnp.float32)
         ratio = scaling.factor * ratio / scaling.original_max_position_embeddings - (scaling.factor - 1)
         base = config.theta * ratio ** (config.head_dim / (config.head_dim - 2))
-        return (1.0 / base[:, None, None] ** exponent).astype(jnp.float32)
+        return (1.0 / base**exponent).astype(jnp.float32)
     plain = config.theta**-exponent
     if isinstance(scaling, LinearScaling):
         plain = plain / scaling.factor
@@ -228,7 +241,7 @@ def rope_frequencies(config: RopeConfig, length: Any = None) -> Array:
         )
         if length is None:
             return short
-        return jnp.where((length > scaling.original_max_position_embeddings)[:, None, None], long, short)
+        return jnp.where(length > scaling.original_max_position_embeddings, long, short)
     return jnp.asarray(plain, jnp.float32)
 
 
@@ -259,7 +272,7 @@ def rope_angles(position_ids: Array, inv_freq: Array, axis_of_frequency: tuple[i
 
     Args:
         position_ids: [B, T], or [A, B, T] with A position axes.
-        inv_freq: [H / 2], or [B, 1, H / 2].
+        inv_freq: [H / 2], [B, 1, H / 2] or [B, T, H / 2].
         axis_of_frequency: for [A, B, T], the position axis that each of the H / 2 frequencies reads.
 
     Returns:
@@ -275,12 +288,20 @@ def rope_angles(position_ids: Array, inv_freq: Array, axis_of_frequency: tuple[i
     return jnp.moveaxis(chosen, 0, -1) * inv_freq
 
 
-def rope_tables(config: RopeConfig, position_ids: Array) -> tuple[Array, Array]:
+def rope_tables(
+    config: RopeConfig, position_ids: Array, segment_ids: Array | None = None
+) -> tuple[Array, Array]:
     """cos and sin of every token's angles, times the scaling's attention factor.
+
+    A scaling that depends on the length (dynamic, longrope) takes it from the positions of this call. Keys in
+    a cache keep the angles of the text as it was when they were written, so beyond the original context a
+    text that is decoded with a cache is not what one pass over the whole text gives. The published models
+    are run so: transformers' decoding with a cache does the same.
 
     Args:
         config: width, base, scaling, and how several position axes are read.
         position_ids: [B, T], or [A, B, T] with A position axes.
+        segment_ids: int [B, T], the text of each token where rows hold several; each has its own length.
 
     Returns:
         Two float32 [B, T, H / 2].
@@ -292,10 +313,16 @@ def rope_tables(config: RopeConfig, position_ids: Array) -> tuple[Array, Array]:
     length = None
     if depends_on_length(config.scaling):
         longest = position_ids if position_ids.ndim == 2 else position_ids.max(axis=0)
-        length = longest.max(axis=-1) + 1
+        length = 1 + (longest.max(axis=-1) if segment_ids is None else _segment_max(longest, segment_ids))
     angles = rope_angles(position_ids, rope_frequencies(config, length), config.axis_of_frequency)
     factor = config.attention_factor
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def _segment_max(values: Array, segment_ids: Array) -> Array:
+    """The largest of [B, T] values (or with 1 for B) within each token's segment, [B, T]."""
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    return jnp.where(same, values[:, None, :], values.min()).max(axis=-1)
 
 
 def apply_rope(x: Array, cos: Array, sin: Array) -> Array:

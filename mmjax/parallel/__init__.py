@@ -1,6 +1,6 @@
 """The device mesh and the one table of sharding rules."""
 
-from mmjax.memory import keep_freed_memory
+from mmjax.parallel.memory import keep_freed_memory, only_cpu
 from mmjax.parallel.mesh import (
     BATCH_AXES,
     MESH_AXES,
@@ -23,6 +23,7 @@ __all__ = [
     "batch_sharding",
     "keep_freed_memory",
     "make_mesh",
+    "only_cpu",
     "param_shardings",
     "partition_spec",
     "replicated",

@@ -192,7 +192,7 @@ def load_experiment(file: str, overrides: Sequence[str] = (), *, smoke: bool = F
 
 
 def _run(command: Command, process: _Process) -> int:
-    from mmjax.memory import keep_freed_memory, only_cpu
+    from mmjax.parallel import keep_freed_memory, only_cpu
 
     # Before anything starts jax's devices, as the experiment's file may.
     if only_cpu():

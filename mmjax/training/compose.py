@@ -29,7 +29,8 @@ class LlavaFromParts:
         eyes: folder or hub id of a model with a vision transformer, such as CLIP.
         brain: folder or hub id of a causal language model; safetensors and tokenizer.json.
         projector: kind of the bridge, "linear" (1.0) or "mlp2x" (1.5).
-        bridge: file or folder with a bridge that was saved before (see `load_parts`); None: a new one.
+        bridge: file or folder with a bridge that was saved before, here or by LLaVA's original repository
+            (mm_projector.bin; see `load_parts`); None: a new one.
         feature_layer, feature_select: which of the eyes' features are seen (see `LlavaConfig`).
         template: chat template that the model's folder gets, one of `mmjax.language.CHAT_FORMATS`; None: the
             brain's own.

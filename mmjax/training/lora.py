@@ -3,6 +3,10 @@
 An adapter is a nested dict in the shape of the model's parameters, with {"a": [D, R], "b": [R, F]} in place
 of each kernel [D, F] that it changes. Several adapters add up. `adapt` puts them beside the kernels, so that
 a model computes x @ kernel + scale * (dropout(x) @ a) @ b; `merge_lora` makes one kernel of them.
+
+An adapter that was opened (see `mmjax.training.peft`) may change an embedding table [V, D] as well, with a
+[V, R] and b [R, D]. Rows are looked up in a table and no product is taken, so `adapt` puts the sum in its
+place, as `merge_lora` does, without dropout.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ import dataclasses
 import math
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -28,6 +32,7 @@ from mmjax.training.state import flatten, merge
 
 Array = jax.Array
 Adapter = Mapping[str, Any]
+TABLE = "/embedding"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,7 +136,7 @@ def adapt(
     """Parameters with adapters beside their kernels, as a model takes them; no kernel is changed or copied.
 
     Exactly peft's arithmetic: each adapter has a dropout of its own in front of `a`, the base's input has
-    none, and without a key there is no dropout.
+    none, and without a key there is no dropout. Embedding tables become the sum (see the module).
 
     Args:
         params: nested parameters; kernels may be int8 (see `mmjax.nn.quantized`).
@@ -140,14 +145,15 @@ def adapt(
         key: PRNG key for dropout; None: none.
 
     Returns:
-        The tree with an `AdaptedKernel` in place of each kernel that an adapter changes.
+        The tree with an `AdaptedKernel` in place of each kernel that an adapter changes, and the changed
+        table in place of each table.
 
     Raises:
         ConfigError: an adapter without config, or one that does not fit the parameters.
     """
     flat, changes = _kernels(params), _changes(params, adapters, configs, key)
     adapted = {path: AdaptedKernel(flat[path], tuple(found)) for path, found in changes.items()}
-    return merge(flat, adapted)
+    return merge(flat, {path: x.array() if path.endswith(TABLE) else x for path, x in adapted.items()})
 
 
 def merge_lora(
@@ -167,6 +173,19 @@ def unmerge_lora(
 ) -> dict[str, Any]:
     """The inverse of `merge_lora`, up to the rounding of the kernels' dtype."""
     return _added(params, adapters, configs, -1.0)
+
+
+def changed_path(module: str, paths: Container[str]) -> str:
+    """The parameter that an adapter changes at a module: its table, where it has one, else its kernel.
+
+    Args:
+        module: path of the module.
+        paths: of all of the model's parameters.
+
+    >>> changed_path("embed", {"embed/embedding"}), changed_path("head", {"head/kernel"})
+    ('embed/embedding', 'head/kernel')
+    """
+    return module + TABLE if module + TABLE in paths else f"{module}/kernel"
 
 
 def _added(
@@ -197,7 +216,7 @@ def _changes(
             raise ConfigError(f"adapter {name!r} has no config; there are {', '.join(configs) or 'none'}")
         config, leaves = configs[name], _kernels(adapter)
         for module in dict.fromkeys(path.rpartition("/")[0] for path in leaves):
-            path = f"{module}/kernel"
+            path = changed_path(module, flat)
             a, b = leaves.get(f"{module}/a"), leaves.get(f"{module}/b")
             if path not in flat or a is None or b is None:
                 raise ConfigError(f"adapter {name!r}: {module} has no kernel in the model, or lacks a or b")

@@ -222,7 +222,10 @@ def _read_mapping(text: str, arguments: tuple[Any, ...]) -> dict[Any, Any]:
         key, found, value = item.partition("=")
         if not found:
             raise _NotReadableError
-        result[_read(key.strip(), arguments[0])] = _read(value.strip(), arguments[1])
+        name = _read(key.strip(), arguments[0])
+        if name in result:
+            raise _NotReadableError
+        result[name] = _read(value.strip(), arguments[1])
     return result
 
 
@@ -247,7 +250,7 @@ def _describe(annotation: Any) -> str:
     kind = origin or annotation
     if kind in (dict, collections.abc.Mapping):
         key, value = arguments or (str, str)
-        return f"pairs such as name={_describe(value)},..."
+        return f"pairs such as name={_describe(value)},..., each name once"
     if kind in (tuple, list, collections.abc.Sequence):
         return "values joined by commas"
     if kind is collections.abc.Callable or isinstance(annotation, types.FunctionType):

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from mmjax.checkpoints.files import TensorReader
 from mmjax.checkpoints.rules import expand
+from mmjax.checkpoints.torch_files import LoadedTensors, read_torch_file
 from mmjax.checkpoints.weights import named_tensors
 from mmjax.errors import CheckpointError, ConfigError
 from mmjax.models.family import family_of_model
@@ -25,6 +26,9 @@ from mmjax.training.outcome import Outcome, export_hub
 from mmjax.training.state import flatten, merge
 
 PARTS = "parts.safetensors"
+# What a folder's file of parts may be called; the last two are bridges of LLaVA's original repository.
+_FILES = (PARTS, "mm_projector.bin", "mm_projector.safetensors")
+_TORCH = (".bin", ".pt", ".pth")
 BRIDGE = "multi_modal_projector/.*|image_newline"
 """The parameters of a LLaVA model's bridge."""
 
@@ -78,8 +82,9 @@ def load_parts(path: str | os.PathLike[str], model: Any) -> dict[str, jax.Array]
     """Read some of a model's parameters.
 
     Args:
-        path: a safetensors file, under any names that folders of the family have; or a folder with
-            parts.safetensors.
+        path: a safetensors file, or one of torch.save (.bin, .pt, .pth; nothing in it is executed), under
+            any names that folders of the family have; or a folder with parts.safetensors or, as LLaVA's
+            original repository leaves it, mm_projector.bin.
         model: the model that they belong to.
 
     Returns:
@@ -88,12 +93,25 @@ def load_parts(path: str | os.PathLike[str], model: Any) -> dict[str, jax.Array]
     Raises:
         CheckpointError: the file is missing or damaged, or a tensor has no place in the model.
     """
-    path = Path(path) / PARTS if Path(path).is_dir() else Path(path)
+    path = _file_of_parts(Path(path))
+    with contextlib.ExitStack() as stack:
+        reader: TensorReader | LoadedTensors
+        if path.suffix in _TORCH:
+            reader = LoadedTensors(path, read_torch_file(path))
+        else:
+            reader = TensorReader([path], stack)
+        return read_parts(reader, model, {name: name for name in reader.shapes}, str(path))
+
+
+def _file_of_parts(path: Path) -> Path:
+    if path.is_dir():
+        found = [path / name for name in _FILES if (path / name).is_file()]
+        if not found:
+            raise CheckpointError(f"{path}: has none of {', '.join(_FILES)}; name the file with the parts")
+        return found[0]
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
-    with contextlib.ExitStack() as stack:
-        reader = TensorReader([path], stack)
-        return read_parts(reader, model, {name: name for name in reader.shapes}, str(path))
+    return path
 
 
 def with_parts(params: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,7 +132,7 @@ def with_parts(params: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str,
 
 
 def read_parts(
-    reader: TensorReader, model: Any, names: Mapping[str, str], where: str
+    reader: TensorReader | LoadedTensors, model: Any, names: Mapping[str, str], where: str
 ) -> dict[str, jax.Array]:
     """Parameters from tensors of an open file.
 

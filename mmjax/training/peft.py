@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,28 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from mmjax.checkpoints.files import TensorReader, read_json
-from mmjax.checkpoints.rules import expand
-from mmjax.checkpoints.transforms import LINEAR
 from mmjax.checkpoints.weights import named_tensors, write_json
 from mmjax.errors import CheckpointError, ConfigError
 from mmjax.models.family import family_of_model
 from mmjax.nn import parameter_specs
-from mmjax.training.lora import Adapter, LoraConfig
+from mmjax.training.lora import TABLE, Adapter, LoraConfig, changed_path
 from mmjax.training.outcome import Outcome
 from mmjax.training.parts import chosen, read_parts
+from mmjax.training.peft_names import modules_of, name_in_memory, other_names, shares_matrix, target_names
 from mmjax.training.state import flatten, merge
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_KEY = re.compile(re.escape(_PREFIX) + r"(?P<module>.+)\.lora_(?P<part>[AB])\.weight")
+_KEY = re.compile(
+    re.escape(_PREFIX) + r"(?P<module>.+)\.lora_((?P<part>[AB])\.weight|embedding_(?P<side>[AB]))"
+)
+# peft's name for what the adapter of a module is beside. It saves that too where a vocabulary is targeted.
+_BESIDE = re.compile(r"\.base_layer(?=\.(weight|bias)$)")
+_ONE_MATRIX = (
+    "is an adapter of the embedding or of the output, but this model has one matrix for both "
+    "(tie_word_embeddings): leave both out of target_modules, or untie the base model"
+)
 _READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern"}
-_SEEING = ("language_model.", "multi_modal_projector.", "vision_tower.", "image_newline")
 # What the tensors of the file say by themselves, and what is about the making of the folder.
 _IGNORED = {
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "task_type"),
@@ -75,7 +81,8 @@ def load_tuned(
         folder, model: as in `load_adapter`.
 
     Returns:
-        The adapter, its config, and the whole parameters, flat by path (see `with_parts`).
+        The adapter, its config, and the whole parameters, flat by path (see `with_parts`). An adapter of the
+        output or the embedding comes with that matrix, which peft saves along and puts into its base too.
 
     Raises:
         CheckpointError: as `load_adapter`, but for whole modules.
@@ -84,28 +91,42 @@ def load_tuned(
     where = folder / CONFIG
     hub = read_json(where)
     _check(hub, where)
-    kernels = {module: path for path, names in _modules(model).items() for module in names}
+    modules = modules_of(model)
     if not (folder / WEIGHTS).is_file():
         raise CheckpointError(f"{folder / WEIGHTS}: no such file; save the adapter as safetensors")
-    flat: dict[str, Any] = {}
-    others: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         reader = TensorReader([folder / WEIGHTS], stack)
-        for name in reader.shapes:
-            match = _KEY.fullmatch(name)
-            if match is None and name.startswith(_PREFIX):
-                others[name] = name.removeprefix(_PREFIX)
-                continue
-            if match is None or match["module"] not in kernels:
-                raise CheckpointError(f"{folder / WEIGHTS}: {name} has no place in this model")
-            module = kernels[match["module"]].removesuffix("/kernel")
-            flat[f"{module}/{match['part'].lower()}"] = jnp.asarray(np.ascontiguousarray(reader.read(name).T))
+        flat, others = _read_changes(reader, model, modules, folder / WEIGHTS)
         whole = read_parts(reader, model, others, str(folder / WEIGHTS))
     if hub.get("modules_to_save") and not whole:
         raise CheckpointError(
             f"{where}: modules_to_save={hub['modules_to_save']!r}, but {WEIGHTS} has no tensors of theirs"
         )
-    return merge(flat), _config(hub, flat, _modules(model), where), whole
+    return merge(flat), _config(hub, flat, modules, where), whole
+
+
+def _read_changes(
+    reader: TensorReader, model: Any, modules: Mapping[str, list[str]], where: Path
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The adapter, flat; and the other tensors of the file, with the names that folders have for them."""
+    places = {module: path for path, names in modules.items() for module in names}
+    flat: dict[str, Any] = {}
+    others: dict[str, str] = {}
+    for name in reader.shapes:
+        match = _KEY.fullmatch(name)
+        if match is None and name.startswith(_PREFIX):
+            others[name] = _BESIDE.sub("", name.removeprefix(_PREFIX))
+            continue
+        path = places.get(match["module"]) if match else None
+        if match is None or path is None or path.endswith(TABLE) != bool(match["side"]):
+            shared = match is not None and shares_matrix(model, match["module"])
+            raise CheckpointError(
+                f"{where}: {name} {_ONE_MATRIX if shared else 'has no place in this model'}"
+            )
+        part = (match["part"] or match["side"]).lower()
+        array = np.ascontiguousarray(reader.read(name).T)
+        flat[f"{path.rpartition('/')[0]}/{part}"] = jnp.asarray(array)
+    return flat, others
 
 
 def save_adapter(
@@ -128,24 +149,24 @@ def save_adapter(
 
     Raises:
         CheckpointError: a kernel is part of a fused tensor in the checkpoint, so that PEFT has no name for
-            it, or the folder cannot be written.
+            it, a table is the output's matrix too, or the folder cannot be written.
     """
-    flat, modules = flatten(dict(adapter)), _modules(model)
-    paths = list(dict.fromkeys(path.rpartition("/")[0] + "/kernel" for path in flat))
+    flat, modules = flatten(dict(adapter)), modules_of(model)
+    specs = flatten(parameter_specs(model))
+    paths = list(dict.fromkeys(changed_path(path.rpartition("/")[0], specs) for path in flat))
     nameless = [path for path in paths if path not in modules]
     if nameless:
-        raise CheckpointError(
-            f"{nameless[0]}: no tensor of its own in the checkpoint, so PEFT has no name for it"
-        )
+        shared = shares_matrix(model, nameless[0].removesuffix(TABLE).replace("/", "."))
+        reason = "no tensor of its own in the checkpoint, so PEFT has no name for it"
+        raise CheckpointError(f"{nameless[0]}: {_ONE_MATRIX if shared else reason}")
     tensors = {
-        f"{_PREFIX}{modules[path][0]}.lora_{part.upper()}.weight": np.ascontiguousarray(
-            np.asarray(flat[path.removesuffix("kernel") + part]).T
+        _key_of(modules[path][0], path, part): np.ascontiguousarray(
+            np.asarray(flat[f"{path.rpartition('/')[0]}/{part}"]).T
         )
         for path in paths
         for part in ("a", "b")
     }
-    for name, array in named_tensors(family_of_model(model)[0].rules(model), merge(whole or {})):
-        tensors[_PREFIX + _in_memory([name, *_other_names(model, name)])] = array
+    tensors |= _whole_tensors(model, whole or {}, {modules[path][0] for path in paths})
     odd = {path: config.rank_and_alpha(path) for path in paths}
     hub = {
         "peft_type": "LORA",
@@ -157,8 +178,8 @@ def save_adapter(
         "use_rslora": config.rslora,
         "rank_pattern": {modules[p][0]: rank for p, (rank, _) in odd.items() if rank != config.rank},
         "alpha_pattern": {modules[p][0]: alpha for p, (_, alpha) in odd.items() if alpha != config.alpha},
-        "target_modules": _target_names(paths, modules),
-        "modules_to_save": sorted({path.split("/")[0] for path in whole or {} if "/" in path}) or None,
+        "target_modules": target_names(paths, modules),
+        "modules_to_save": _modules_to_save(whole or {}, paths),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -207,42 +228,29 @@ def export_merged(outcome: Outcome, folder: Path) -> None:
     save(folder, outcome.model.model, outcome.model.merged(outcome.params), outcome.processor)
 
 
-def _modules(model: Any) -> dict[str, list[str]]:
-    """Kernel path to its module's names in checkpoints, for every kernel that has a tensor of its own."""
-    specs = flatten(parameter_specs(model))
-    found = {}
-    for rule in expand(family_of_model(model)[0].rules(model), specs):
-        if rule.transform == LINEAR and len(rule.targets) == 1 and "{e}" not in rule.source:
-            names = [name.removesuffix(".weight") for name in (rule.source, *rule.aliases)]
-            own = _in_memory(names)
-            found[rule.targets[0]] = [own, *(name for name in names if name != own)]
+def _key_of(module: str, path: str, part: str) -> str:
+    """Name in the file of one half of a kernel's or table's adapter."""
+    end = f"embedding_{part.upper()}" if path.endswith(TABLE) else f"{part.upper()}.weight"
+    return f"{_PREFIX}{module}.lora_{end}"
+
+
+def _whole_tensors(model: Any, whole: Mapping[str, Any], adapted: Container[str]) -> dict[str, np.ndarray]:
+    """Parameters under the names that they have in peft's model, where some modules have adapters."""
+    rules, found = family_of_model(model)[0].rules(model), {}
+    for name, array in named_tensors(rules, merge(whole)):
+        module, _, leaf = name_in_memory([name, *other_names(model, name)]).rpartition(".")
+        beside = ".base_layer" if module in adapted else ""
+        found[f"{_PREFIX}{module}{beside}.{leaf}" if module else _PREFIX + leaf] = array
     return found
 
 
-def _other_names(model: Any, source: str) -> tuple[str, ...]:
-    specs = flatten(parameter_specs(model))
-    rules = expand(family_of_model(model)[0].rules(model), specs)
-    return next((rule.aliases for rule in rules if rule.source == source), ())
+def _modules_to_save(whole: Mapping[str, Any], adapted: Sequence[str]) -> list[str] | None:
+    """Modules that peft is to keep whole copies of: those with adapters inside cannot be, and need not be.
 
-
-def _in_memory(names: Sequence[str]) -> str:
-    """Of a tensor's or module's names the one that transformers has for it in memory, as peft sees it.
-
-    Folders of models that see keep older names, which transformers maps when it opens them.
+    A tensor that is under its own name in the file is put into peft's base model.
     """
-    for prefix in ("lm_head", "model.language_model.", "model.multi_modal_projector.", "model.vision_tower."):
-        for name in names:
-            if names[0].startswith(_SEEING) and name.startswith(prefix):
-                return name
-    return names[0]
-
-
-def _target_names(paths: list[str], modules: Mapping[str, list[str]]) -> list[str]:
-    """Last parts of the modules' names, where they mean no other module; else whole names."""
-    wanted = {modules[path][0] for path in paths}
-    last = {name.rpartition(".")[2] for name in wanted}
-    meant = {names[0] for names in modules.values() if names[0].rpartition(".")[2] in last}
-    return sorted(last if meant == wanted else wanted)
+    taken = {path.split("/")[0] for path in adapted}
+    return sorted({path.split("/")[0] for path in whole if "/" in path} - taken) or None
 
 
 def _check(hub: Mapping[str, Any], where: Path) -> None:
@@ -267,10 +275,10 @@ def _config(
     hub: Mapping[str, Any], flat: Mapping[str, Any], modules: Mapping[str, list[str]], where: Path
 ) -> LoraConfig:
     rank, alpha, alphas = hub.get("r", 8), hub.get("lora_alpha", 8), hub.get("alpha_pattern") or {}
-    paths = list(dict.fromkeys(path.rpartition("/")[0] + "/kernel" for path in flat))
+    paths = list(dict.fromkeys(changed_path(path.rpartition("/")[0], modules) for path in flat))
     exceptions = []
     for path in paths:
-        own = flat.get(path.removesuffix("kernel") + "a")
+        own = flat.get(path.rpartition("/")[0] + "/a")
         known = [value for pattern, value in alphas.items() if _means(pattern, modules[path], where)]
         mine = rank if own is None else own.shape[1], known[0] if known else alpha
         if mine != (rank, alpha):

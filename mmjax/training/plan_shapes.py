@@ -29,9 +29,13 @@ def mesh_shape(experiment: Experiment) -> dict[str, int]:
     """The experiment's mesh with every size known: an axis of -1, or no mesh at all, means one device.
 
     Raises:
-        ConfigError: more devices than can be planned for.
+        ConfigError: an axis of no devices, or more devices than can be planned for.
     """
     shape = {axis: 1 if size == -1 else size for axis, size in dict(experiment.mesh).items()}
+    if any(size < 1 for size in shape.values()):
+        raise ConfigError(
+            f"mesh: sizes must be positive, or -1 for what remains; got {dict(experiment.mesh)}"
+        )
     devices = math.prod(shape.values())
     if devices > MOST_DEVICES:
         raise ConfigError(f"mesh: {devices:,} devices; a plan is for {MOST_DEVICES:,} at most")

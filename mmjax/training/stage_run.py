@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from mmjax.checkpoints.training import CheckpointStore
-from mmjax.errors import ConfigError
+from mmjax.errors import ConfigError, DataError
 from mmjax.parallel import BATCH_AXES, batch_sharding, replicated
 from mmjax.training.experiment import Experiment, Stage, Train
 from mmjax.training.optimizer import Rule, label_parameters, make_optimizer, trained_rules
@@ -158,10 +158,21 @@ class StageRun:
         return state_from_arrays(self.shapes, arrays)
 
     def place(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """This process's rows of a batch, as arrays over the mesh."""
+        """This process's rows of a batch, as arrays over the mesh.
+
+        Raises:
+            DataError: integers that jax cannot hold.
+        """
         sharding, size = batch_sharding(self.mesh), self.settings.batch_size
 
         def spread(rows: np.ndarray) -> jax.Array:
+            # jax would cut them without a word, and two groups could become one.
+            kept = jax.dtypes.canonicalize_dtype(rows.dtype)
+            if kept != rows.dtype and rows.dtype.kind in "iu" and (rows.astype(kept) != rows).any():
+                raise DataError(
+                    f"stage {self.stage.name!r}: integers in the data do not fit {kept}; "
+                    "number them anew, or set jax_enable_x64"
+                )
             return jax.make_array_from_process_local_data(sharding, rows, (size, *rows.shape[1:]))
 
         return {name: spread(np.asarray(rows)) for name, rows in batch.items()}

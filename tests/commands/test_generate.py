@@ -216,6 +216,38 @@ def test_a_conversation_that_is_too_long_ends_in_one_line(run, folder, lines):
     assert err.count("\n") == 1
 
 
+def test_bytes_that_are_no_text_cost_one_line_and_not_the_chat(run, folder, monkeypatch):
+    def typed(data):
+        stream = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", errors="strict")
+        monkeypatch.setattr(sys, "stdin", stream)
+
+    typed(b"two cats\nhi \xff there\nand dogs\n")
+    code, out, err = run("chat", "--model", folder, "--max-new-tokens", 4)
+    typed(b"two cats\nand dogs\n")
+    assert (code, out) == run("chat", "--model", folder, "--max-new-tokens", 4)[:2]
+    assert err.startswith("error: messages[2] has half a surrogate pair") and err.count("\n") == 1
+    typed(b"hi \xff there")
+    code, out, err = run("generate", "--model", folder, "-")
+    assert (code, out) == (2, "") and "text 0 has half a surrogate pair" in err
+
+
+def test_more_likeliest_tokens_than_there_are_is_all(run, folder):
+    arguments = ("generate", "--model", folder, "two cats", "--max-new-tokens", 6, "--temperature", 1.5)
+    code, out, err = run(*arguments, "--top-k", 99999999999)
+    assert (code, err) == (0, "")
+    assert out == run(*arguments)[1]
+
+
+@pytest.mark.parametrize("ids", ["x", -1, [3, [1]], 1.5, 2**40, True])
+def test_ids_in_generation_config_that_are_none(fails, folder, tmp_path, ids):
+    copy = tmp_path / "model"
+    shutil.copytree(folder, copy)
+    (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+    wrong = ids[1] if isinstance(ids, list) else ids
+    error = fails("generate", "--model", copy, "a")
+    assert f"generation_config.json: eos_token_id: {wrong!r} is not a token id" in error
+
+
 HERE = ("generate", "--model", "FOLDER")
 
 
@@ -225,6 +257,10 @@ HERE = ("generate", "--model", "FOLDER")
         ((*HERE, ""), "the prompt is empty (see mmjax generate --help)"),
         ((*HERE, "a", "--system", "b"), "--system is for conversations: give --chat"),
         ((*HERE, "a", "--temperature", "0"), "temperature: 0.0 is not a number above 0"),
+        ((*HERE, "a", "--temperature", "1e-45"), "temperature: 1e-45 is outside what float32 can do"),
+        ((*HERE, "a", "--repetition-penalty", "1e39"), "repetition_penalty: 1e+39 is outside what"),
+        ((*HERE, "a", "--seed", "9" * 20), "is not a whole number from -2**63 to 2**63 - 1"),
+        ((*HERE, "a", "--seed", str(2**63)), "argument --seed: '9223372036854775808' is not a whole"),
         ((*HERE, "a", "--top-p", "2"), "top_p: 2.0 is not a number"),
         ((*HERE, "a", "--max-new-tokens", "0"), "'0' is not a whole number"),
         ((*HERE, "a", "--max-new-tokens", "300"), "300 new ones are more than the model's"),
@@ -247,3 +283,8 @@ def test_folders_that_cannot_talk(fails, folder, clip_folder, tmp_path):
     (copy / "tokenizer.json").unlink()
     (copy / "tokenizer_config.json").unlink()
     assert "no tokenizer.json, so there is no text" in fails("generate", "--model", copy, "a")
+
+
+def test_a_prompt_with_a_place_for_an_image_and_no_image(fails, llava_folder):
+    line = fails("generate", "--model", llava_folder, "--prompt", "what is <image>")
+    assert "images: 0 given, but the texts have 1 image places" in line

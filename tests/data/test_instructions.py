@@ -13,6 +13,7 @@ from PIL import Image
 
 from mmjax.data.faults import BadSample
 from mmjax.data.features import FeatureStore, write_features
+from mmjax.data.instruction_layout import expand
 from mmjax.data.instruction_rows import parse_row
 from mmjax.data.instructions import InstructionData
 from mmjax.errors import ConfigError, DataError
@@ -268,6 +269,41 @@ def test_messages_place_images_by_parts_and_words_stay_words(folder):
     assert (ids == IMAGE).sum() == 4 and not (labels == IMAGE).any()
     assert TOKENIZER.decode(labels[labels != -100]).strip() == "<image> </s></s>"
     np.testing.assert_array_equal((ids == IMAGE), batch["image_index"][0, :, 0] >= 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_in_an_answer_is_seen_and_not_learned(folder, kind):
+    shown = [{"type": "image", "image": "1.png"}, {"type": "text", "text": "a red cat"}]
+    chat = [{"role": "user", "content": "draw a cat"}, {"role": "assistant", "content": shown}]
+    write_rows(folder / "rows.json", [{"messages": chat}])
+    data = data_of(folder, template="vicuna")
+    batch = build(data, kind, batch_size=1).batch(0)
+    ids, labels = batch["input_ids"][0], batch["labels"][0]
+    seen = batch["image_index"][0, :, 0] != -1
+    assert seen.any() and (seen == (ids == IMAGE)).all() and (labels[seen] == -100).all()
+    assert TOKENIZER.decode(labels[labels != -100]).strip() == "a red cat</s>"
+    # What is measured before the images are read says the same.
+    source = data.conversations(Seeing(KINDS[kind]))
+    turns = source.read(0)
+    talk = parse_row(source.entries[0].data, "x")
+    ids, learned = source.processor.conversation(talk.messages, True, {})
+    layouts = source.layouts([(image.height, image.width) for image in source.images(0)])
+    expanded = expand(ids, learned, IMAGE, layouts, KINDS[kind].rows)
+    np.testing.assert_array_equal(expanded.learned, turns.learned)
+    assert not turns.learned[turns.ids == IMAGE].any() and turns.learned.any()
+
+
+@pytest.mark.parametrize("none", [None, "", []])
+def test_columns_without_an_image_are_absent(none):
+    def images(given, ask):
+        said = row(None, ask, ANSWER)["conversations"]
+        return parse_row(json.dumps({**given, "conversations": said}).encode(), "x").images
+
+    assert images({"image": none, "images": ["a.png"]}, ASK) == ("a.png",)
+    assert images({"image": "a.png", "images": none}, ASK) == ("a.png",)
+    assert images({"image": none}, "what?") == images({"image": none, "images": none}, "what?") == ()
+    with pytest.raises(BadSample, match="no_image"):
+        images({"image": none}, ASK)
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,13 @@ def test_a_context_that_overflows_is_refused():
         processor(images=[[picture(9, 20)] * 4], text="<image>" * 4, truncation=True, max_length=8)
 
 
+def test_places_for_images_without_images_are_refused():
+    model, params, _ = make("llava")
+    for run in (mmjax.generate, lambda *arguments: next(iter(stream(*arguments)))):
+        with pytest.raises(DataError, match="2 tokens are places for images, but there are no pixel_values"):
+            run(model, params, {"input_ids": [[IMAGE, 5, IMAGE]]}, 2)
+
+
 def test_images_for_a_model_of_text_are_refused():
     model, params = language_model()
     batch = {"input_ids": [[1, 2]], "pixel_values": np.zeros((1, 8, 8, 3))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -11,7 +12,9 @@ import pytest
 
 import mmjax
 from mmjax.errors import MmjaxError
-from tests.generation.tiny import language_model, prompts, table
+from mmjax.generation import scoring
+from tests.generation.seeing import make, picture
+from tests.generation.tiny import BY_LENGTH, language_model, model_by_length, prompts, table
 
 ANSWERS = [[[5, 6, 7], [8]], [[9, 10], [11, 12, 13, 14]]]
 
@@ -42,6 +45,49 @@ def test_answers_of_several_lengths():
             assert not found[len(answer) :].any()
             np.testing.assert_allclose(scores.total[row, column], wanted.sum(), atol=5e-5)
             np.testing.assert_allclose(scores.mean[row, column], wanted.mean(), atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", BY_LENGTH)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_texts_whose_length_turns_their_tokens(kind, side, monkeypatch):
+    """Beyond the original context, 8 tokens here, prompts are read again with each answer; up to it, once."""
+    model, params = model_by_length(kind)
+    batch = prompts((7, 4), side)
+    run, wholes = scoring._score, []
+
+    def watched(*arguments, whole, **options):
+        wholes.append(whole)
+        return run(*arguments, whole=whole, **options)
+
+    monkeypatch.setattr(scoring, "_score", watched)
+    for answers in ([[[5, 6, 7], [8]], [[9, 10], [11, 12, 13, 14, 15, 16]]], [[[5], [8]], [[9], [11]]]):
+        scores = mmjax.score(model, params, batch, answers)
+        for row in range(2):
+            prompt = batch["input_ids"][row][batch["attention_mask"][row] > 0]
+            for column, answer in enumerate(answers[row]):
+                wanted = expected(model, params, prompt, answer)
+                np.testing.assert_allclose(scores.tokens[row, column][: len(answer)], wanted, rtol=1e-5)
+    assert wholes == [True, False]
+
+
+@pytest.mark.parametrize("kind", BY_LENGTH)
+def test_images_in_texts_whose_length_turns_their_tokens(kind):
+    model, params, processor = make("llava")
+    batch = processor(images=[[picture(8, 8)]], text="<image>What is this?")
+    start = batch["input_ids"].shape[1]
+    # The prompt alone is not longer than the original context.
+    scaling = dataclasses.replace(BY_LENGTH[kind], original_max_position_embeddings=start)
+    text = dataclasses.replace(model.config.text_config, rope_scaling=scaling)
+    model = model.clone(config=dataclasses.replace(model.config, text_config=text))
+    answers = [[[5, 6, 7], [8]]]
+    scores = mmjax.score(model, params, batch, answers)
+    for column, answer in enumerate(answers[0]):
+        ids = np.concatenate([batch["input_ids"], [answer]], axis=1)
+        index = np.pad(batch["image_index"], ((0, 0), (0, len(answer)), (0, 0)), constant_values=-1)
+        whole = {**batch, "input_ids": ids, "image_index": index, "attention_mask": np.ones_like(ids)}
+        likely = jax.nn.log_softmax(model.apply({"params": params}, **whole).logits[0])
+        wanted = likely[np.arange(start - 1, ids.size - 1), ids[0, start:]]
+        np.testing.assert_allclose(scores.tokens[0, column][: len(answer)], wanted, rtol=1e-5)
 
 
 def test_a_table_by_hand_and_answers_as_an_array():

@@ -13,7 +13,8 @@ from mmjax.generation.loop import start
 from mmjax.generation.streaming import rewind
 from mmjax.language.learned import train_bpe_tokenizer
 from tests.generation.test_generate import CHAIN
-from tests.generation.tiny import language_model, prompts, table
+from tests.generation.tiny import BY_LENGTH, language_model, model_by_length, prompts, table
+from tests.language.chats import first_llama, written
 
 KEY = jax.random.key(5)
 
@@ -74,6 +75,24 @@ def test_pieces_of_a_real_tokenizer_add_up(text):
     assert "".join(stream_text(ids, tokenizer)) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
+def test_pieces_of_a_vocabulary_with_single_bytes_add_up(tmp_path):
+    """A byte that is wrong changes what the bytes before it mean; what is not of bytes comes at once."""
+    tokenizer = written(tmp_path, first_llama(normalized=False), "", bos_token="<s>")
+    byte = [tokenizer.token_to_id(f"<0x{n:02X}>") for n in range(256)]
+    plain = {c: tokenizer.token_to_id(c) for c in "abc"}
+    word = [byte[n] for n in "é\U0001f600".encode()]
+    for ids in (
+        word,
+        word[:4],
+        word[:4] + [plain["a"]],
+        [plain["a"], *word, plain["b"], word[0], plain["c"]],
+    ):
+        pieces = list(stream_text([np.array([number]) for number in ids], tokenizer))
+        assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=True)
+    text = stream_text(iter([np.array([n]) for n in (plain["a"], *word, plain["b"], plain["c"])]), tokenizer)
+    assert list(text) == ["a", "é\U0001f600b", "c"]
+
+
 def test_closing_the_text_closes_the_tokens():
     tokens = Closable(np.array([[97], [98]]))
     text = stream_text(tokens, Bytes())
@@ -120,6 +139,35 @@ def test_a_conversation_that_was_rewritten_and_used_twice():
         assert found == mmjax.generate(model, params, batch, 6, stop_ids=())[0].tolist()
     other = stream(model, params, {"input_ids": [[8, 9]]}, 6, conversation=first.conversation)
     assert other.reused == 0
+
+
+@pytest.mark.parametrize("kind", BY_LENGTH)
+def test_conversations_whose_length_turns_their_tokens(kind):
+    """Keys are reused up to the original context, 8 tokens here, and by no text that is or was longer."""
+    model, params = model_by_length(kind)
+    conversation = None
+    texts = (([3, 9, 4], 0), ([3, 9, 4, 7, 8, 6], 3), (range(3, 15), 0), (range(3, 8), 0), (range(3, 9), 5))
+    for ids, reused in texts:
+        batch = {"input_ids": [[*ids]]}
+        new = 12 if reused else 2
+        tokens = stream(model, params, batch, new, stop_ids=(), conversation=conversation)
+        found = [int(token[0]) for token in tokens]
+        assert tokens.reused == reused
+        assert found == mmjax.generate(model, params, batch, new, stop_ids=())[0].tolist()
+        conversation = tokens.conversation
+
+
+@pytest.mark.parametrize("kind", BY_LENGTH)
+def test_a_conversation_that_grows_beyond_the_original_context(kind):
+    model, params = model_by_length(kind)
+    rows = np.random.default_rng(0).integers(3, 40, (8, 20))
+    for row in rows:
+        first = stream(model, params, {"input_ids": row[None, :5]}, 3, stop_ids=())
+        ids = [*row[:5], *(int(token[0]) for token in first), *row[5:]]
+        batch = {"input_ids": [ids]}
+        again = stream(model, params, batch, 8, stop_ids=(), conversation=first.conversation)
+        found = [int(token[0]) for token in again]
+        assert found == mmjax.generate(model, params, batch, 8, stop_ids=())[0].tolist()
 
 
 def test_turns_of_a_conversation_compile_few_programs():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,6 +15,7 @@ from mmjax.models.assemblies import Model
 from mmjax.models.causal_lm import CausalLMOutput
 from mmjax.models.causal_lm.model import kept_positions
 from mmjax.nn import KVCache, claim_slots, init_cache
+from mmjax.nn.rope import DynamicScaling, LongRopeScaling
 from tests.tiny import random_params
 
 SIZES: dict[str, Any] = dict(
@@ -26,6 +28,22 @@ SIZES: dict[str, Any] = dict(
 def language_model() -> tuple[CausalLM, Any]:
     model = CausalLM(DecoderConfig(**SIZES, eos_token_id=2, pad_token_id=0))
     return model, random_params(model)
+
+
+# Rotations that change where a text grows beyond eight tokens.
+BY_LENGTH = {
+    "dynamic": DynamicScaling(factor=4.0, original_max_position_embeddings=8),
+    "longrope": LongRopeScaling(
+        short_factor=(1.0, 1.2), long_factor=(2.0, 5.0), original_max_position_embeddings=8, factor=4.0
+    ),
+}
+
+
+@functools.cache
+def model_by_length(kind: str) -> tuple[CausalLM, Any]:
+    """A model whose tokens are rotated by the length of their text; its parameters make much of it."""
+    model = CausalLM(DecoderConfig(**{**SIZES, "num_hidden_layers": 2}, rope_scaling=BY_LENGTH[kind]))
+    return model, jax.tree.map(lambda x: 2 * x, random_params(model))
 
 
 class Table(Model):

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import functools
+import json
+from pathlib import Path
 from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from mmjax.language.learned import train_bpe_tokenizer
 from mmjax.language.tokenizer import Tokenizer
 
+_BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 TEMPLATES = {
     "chatml": """{%- if messages[0].role != 'system' -%}
     {{- '<|im_start|>system\\nYou help.<|im_end|>\\n' -}}
@@ -101,6 +107,44 @@ CONVERSATIONS["images"] = [[SEE], [SEE, SAID], [SEE, SAID, SEE]]
 CONVERSATIONS["llama-3"].append([SEE, ANSWER])
 for _name in ("chatml", "llama-2", "llama-3", "mistral"):
     CONVERSATIONS[_name].append([SYSTEM, ASK, {**ANSWER, "tool_calls": None}, THANK])
+
+
+def written(folder: Path, vocabulary: tokenizers.Tokenizer, template: str, **named: str) -> Tokenizer:
+    """The tokenizer of a folder with this vocabulary, these tokens by their roles, and this template."""
+    vocabulary.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    (folder / "chat_template.jinja").write_text(template)
+    return Tokenizer.from_folder(folder)
+
+
+def byte_level(normalizer: normalizers.Normalizer | None, tokens: list[AddedToken]) -> tokenizers.Tokenizer:
+    """Every byte is a token, and texts are changed before tokens are looked for."""
+    made = tokenizers.Tokenizer(models.BPE({b: n for n, b in enumerate(_BYTES)}, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    made.decoder = decoders.ByteLevel()
+    if normalizer is not None:
+        made.normalizer = normalizer
+    made.add_tokens(tokens)
+    return made
+
+
+def first_llama(**flags: bool) -> tokenizers.Tokenizer:
+    """LLaMA's first form: a normalizer writes the spaces, and unknown characters become bytes."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), "\u2581"]
+    words += [*"abcdefghijklmnopqrstuvwxyz<>/[]I", "\u2581h", "he", "ll"]
+    merges = [("\u2581", "h"), ("h", "e"), ("l", "l")]
+    vocab = {word: number for number, word in enumerate(words)}
+    made = tokenizers.Tokenizer(
+        models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    spaces = normalizers.Replace(" ", "\u2581")
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), spaces])
+    back = decoders.Replace("\u2581", " ")
+    made.decoder = decoders.Sequence(
+        [back, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    made.add_special_tokens([AddedToken(word, special=True, **flags) for word in words[:3]])
+    return made
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from mmjax.errors import ConfigError
 from mmjax.losses import infonce, sigmoid
 from mmjax.losses.pairs import FINE_PAIRS
+from mmjax.parallel import make_mesh
 from tests.losses.dense import (
     TOLERANCE,
     dense_infonce,
@@ -156,6 +157,121 @@ def test_values_are_within_a_millionth(path, count, grouped):
                 assert abs(value - expected) <= bound, (kind, seed, scale, expected)
 
 
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3, 127])
+@pytest.mark.parametrize("scale", TOLERANCE)
+def test_values_of_the_sigmoid_are_within_a_millionth(scale, count, grouped):
+    groups = np.random.default_rng(0).integers(0, (count + 2) // 3, count) if grouped else None
+    for seed in range(12):
+        image, text = embeddings(count, 24, (0.3, 1.0, 3.0)[seed % 3], seed)
+        value = float(sigmoid(image, text, scale, -10.0, groups=groups))
+        with jax.enable_x64(True):
+            wide = (x.astype(np.float64) for x in (image, text))
+            expected = float(dense_sigmoid(*wide, scale, -10.0, groups))
+        assert abs(value - expected) <= value_bound(expected), (seed, expected)
+
+
+def test_groups_of_64_bits_are_told_apart():
+    image, text = embeddings(24)
+    groups = np.arange(24, dtype=np.int64) << 32
+    assert float(infonce(image, text, 14.0, groups=groups)) == float(
+        infonce(image, text, 14.0, groups=np.arange(24))
+    )
+    assert float(infonce(image, text, 14.0, groups=[0] * 24)) == float(
+        infonce(image, text, 14.0, groups=np.zeros(24, np.int8))
+    )
+
+
+def explicit():
+    return jax.make_mesh((4, 2), ("data", "model"))
+
+
+def mixed():
+    return jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Explicit, AxisType.Auto))
+
+
+@pytest.mark.parametrize("make", [explicit, mixed])
+@pytest.mark.parametrize("spec", [(), ("data",), ("data", "model"), (("model", "data"),), None])
+@pytest.mark.parametrize("axis", ["data", ("data", "model")])
+def test_rows_may_lie_anywhere_on_an_explicit_mesh(make, spec, axis):
+    """And their gradients come back as they lay; groups are the host's."""
+    mesh, groups = make(), np.arange(48) // 3
+    sides, scale = embeddings(48), np.float32(14)
+    expected, grads = reference(dense_infonce, *sides, scale, groups=groups)
+    if spec is not None:
+        if make is mixed:
+            spec = tuple(name if name == "data" else None for name in spec)
+        sides = [jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec))) for x in sides]
+    with jax.set_mesh(mesh):
+
+        def loss(image, text):
+            return infonce(image, text, scale, groups=groups, mesh=mesh, axis=axis, block_size=4)
+
+        for way in (jax.jit, lambda f: f):
+            value, found = way(jax.value_and_grad(loss, (0, 1)))(*sides)
+            assert abs(float(value) - expected) <= value_bound(expected)
+            for ours, theirs, side in zip(found, grads, sides, strict=False):
+                assert np.abs(np.asarray(ours) - theirs).max() <= TOLERANCE[14.0] * np.abs(theirs).max()
+                # Over Auto axes gradients lie as the compiler likes.
+                if spec is not None and make is explicit:
+                    assert ours.sharding.is_equivalent_to(side.sharding, 2)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_plain_call_on_a_mesh_with_other_axes(grouped):
+    mesh = make_mesh({"data": 4, "fsdp": 2})
+    groups = np.arange(48) // 3 if grouped else None
+    split = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    sides = [jax.device_put(x, split) for x in embeddings(48)]
+    options = {"groups": groups, "mesh": mesh, "axis": ("data", "fsdp")}
+    for loss, rest in ((infonce, (14.0,)), (sigmoid, (14.0, -10.0))):
+        plain = jax.value_and_grad(functools.partial(loss, **options), (0, 1))(*sides, *rest)
+        compiled = jax.jit(jax.value_and_grad(functools.partial(loss, **options), (0, 1)))(*sides, *rest)
+        for ours, theirs in zip(jax.tree.leaves(plain), jax.tree.leaves(compiled), strict=True):
+            np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_a_device_may_have_a_loss_of_its_own(checked):
+    """Inside a shard_map, of the rows that it has; the scale is one for all."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    image, text = embeddings(48)
+    options = {"in_specs": (PartitionSpec("data"),) * 2 + (PartitionSpec(),), "mesh": mesh}
+    for loss, rest in ((infonce, ()), (sigmoid, (-10.0,))):
+
+        def each(image, text, scale, loss=loss, rest=rest):
+            return loss(image, text, scale, *rest, block_size=4)[None]
+
+        def total(*args, each=each):
+            split = jax.shard_map(each, out_specs=PartitionSpec("data"), check_vma=checked, **options)
+            return split(*args).sum()
+
+        def parts(image, text, scale, each=each):
+            return sum(each(image[n : n + 6], text[n : n + 6], scale).sum() for n in range(0, 48, 6))
+
+        arguments = (image, text, np.float32(14))
+        for way in (total, parts):
+            value, grads = jax.jit(jax.value_and_grad(way, (0, 1, 2)))(*arguments)
+            if way is total:
+                first = (value, grads)
+        for ours, theirs in zip(jax.tree.leaves(first), jax.tree.leaves((value, grads)), strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-6)
+
+
+def test_a_ring_inside_of_a_shard_map_over_another_axis():
+    mesh, (image, text) = explicit(), embeddings(48)
+
+    def each(image, text):
+        return infonce(image, text, 14.0, mesh=mesh, block_size=4)[None]
+
+    options = {"mesh": mesh, "axis_names": {"model"}, "in_specs": PartitionSpec()}
+    with jax.set_mesh(mesh):
+        found = jax.jit(jax.shard_map(each, out_specs=PartitionSpec("model"), check_vma=False, **options))(
+            image, text
+        )
+    np.testing.assert_allclose(np.asarray(found), float(infonce(image, text, 14.0)), rtol=1e-6)
+
+
 def test_second_derivatives_are_refused():
     image, text = embeddings(8)
     for loss, rest in ((infonce, ()), (sigmoid, (-10.0,))):
@@ -174,3 +290,19 @@ def test_bad_arguments():
         sigmoid(image, text, 1.0, 0.0, mesh=mesh, axis="model")
     with pytest.raises(AssertionError):
         infonce(image, text[:5], 1.0)
+    for arguments, options, words in (
+        ((image, text, 1.0), {"groups": np.arange(5)}, "groups: expected one for each of the 12 rows"),
+        ((image, text, 1.0), {"groups": np.arange(12)[:, None]}, r"got shape \(12, 1\)"),
+        ((image, text, 1.0), {"groups": np.full(12, np.nan)}, "groups: expected integers, got float"),
+        ((image, text, np.arange(12.0)), {}, "logit_scale: expected one number"),
+        ((image[:0], text[:0], 1.0), {}, "image_embeds: no rows"),
+        ((image, text.astype(int), 1.0), {}, "text_embeds: expected floating-point numbers"),
+        ((image, text, 1.0), {"mesh": 8}, "mesh: expected a jax.sharding.Mesh, got int"),
+        ((image, text, 1.0), {"mesh": mesh, "axis": None}, "axis: expected a mesh axis"),
+        ((image, text, 1.0), {"mesh": mesh, "axis": ("data", "data")}, "axis: expected a mesh axis"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            infonce(*arguments, **options)
+    split = NamedSharding(jax.make_mesh((4,), ("data",), devices=jax.devices()[:4]), PartitionSpec("data"))
+    with pytest.raises(ConfigError, match="image_embeds: sharded as .*; give mesh and axis"):
+        infonce(*(jax.device_put(x, split) for x in (image, text)), 1.0)

@@ -12,6 +12,7 @@ import mmjax
 from mmjax.errors import CheckpointError, ConfigError
 from mmjax.language import DecoderConfig, ExpertsConfig
 from mmjax.models import CausalLM
+from mmjax.nn import Execution
 from tests.models.folders import CONFIG
 from tests.models.test_decoders import FOLDER, golden
 from tests.tiny import random_params
@@ -158,3 +159,21 @@ def test_a_fresh_model_is_saved_and_opened(tmp_path):
     np.testing.assert_array_equal(
         model.apply({"params": params}, **batch).logits, again.apply({"params": params_again}, **batch).logits
     )
+
+
+def test_what_ends_an_answer_is_written_again(tmp_path):
+    """generation_config.json as it is, and in a model that is otherwise the same."""
+    model, params, _ = golden("llama")
+    folder, text = edited("llama", tmp_path / "chat"), '{"eos_token_id": [2, 7],\n "temperature": 0.6}'
+    (folder / "generation_config.json").write_text(text)
+    again, params, processor = mmjax.load(folder)
+    assert again.config == model.config and hash(again.config) == hash(model.config)
+    assert "temperature" not in repr(again.config)
+    mmjax.save(tmp_path / "new", again.clone(execution=Execution(dtype="bfloat16")), params, processor)
+    assert (tmp_path / "new" / "generation_config.json").read_text() == text
+    # A model that was not read from such a folder has none.
+    mmjax.save(tmp_path / "plain", model, params)
+    assert not (tmp_path / "plain" / "generation_config.json").exists()
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="generation_config.json: not valid JSON"):
+        mmjax.load(folder)

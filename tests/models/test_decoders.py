@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -20,6 +21,7 @@ from mmjax.errors import ConfigError
 from mmjax.language import DecoderConfig
 from mmjax.models import CausalLM
 from mmjax.nn import Execution, parameter_specs
+from mmjax.nn.rope import DynamicScaling, LongRopeScaling
 from mmjax.parallel import batch_sharding, make_mesh, param_shardings
 from tests.models.folders import CONFIG
 
@@ -100,9 +102,24 @@ def test_cached_equals_uncached(name):
     assert_close(pieces[real], expected[real])
 
 
-@pytest.mark.parametrize("name", [*SOME, "llama"])
-def test_packed_rows_equal_separate_ones(name):
+# Of the texts in a row here, one is longer than the original context and the other is not.
+BY_LENGTH = [
+    DynamicScaling(factor=4.0, original_max_position_embeddings=4),
+    LongRopeScaling(
+        short_factor=(1.0,) * 3, long_factor=(3.0,) * 3, original_max_position_embeddings=3, factor=4.0
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "scaling"),
+    [*((name, None) for name in (*SOME, "llama")), *(("llama", scaling) for scaling in BY_LENGTH)],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_packed_rows_equal_separate_ones(name, scaling):
     model, params, arrays = golden(name)
+    if scaling is not None:
+        model = model.clone(config=dataclasses.replace(model.config, rope_scaling=scaling))
     ids = arrays["input_ids"][:2]
     segments = np.array([[1, 1, 1, 2, 2, 2, 2, 2], [3, 3, 3, 3, 1, 1, 0, 0]])
     packed = jax.jit(lambda p: model.apply({"params": p}, ids, segment_ids=segments).logits)(params)

@@ -18,8 +18,10 @@ import mmjax.checkpoints.weights
 from mmjax.checkpoints.files import TensorReader
 from mmjax.errors import CheckpointError, ConfigError
 from mmjax.models import CLIPModel
-from mmjax.nn import parameter_specs
+from mmjax.nn import parameter_specs, transpose_kernels
+from mmjax.nn.quantized import dequantize, quantize
 from mmjax.parallel import make_mesh, param_shardings
+from mmjax.training import save_parts
 from tests.models.folders import (
     CONFIG,
     INDEX,
@@ -161,6 +163,20 @@ def test_wrong_params_are_listed_and_nothing_is_written(tmp_path):
         "  no array of floats: vision_model/embeddings/class_embedding is list",
     ]
     assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
+
+
+@pytest.mark.parametrize("store", [quantize, transpose_kernels])
+def test_stored_kernels_are_refused_and_nothing_is_written(tmp_path, store):
+    model = MODELS["CLIPModel"]
+    params = store(random_params(model), r".*layers_0/mlp/fc1/kernel")
+    kind = r"(Int8Kernel|TransposedKernel), which hub folders cannot hold; save .*dequantize\(params\)"
+    with pytest.raises(CheckpointError, match=rf"layers_0/mlp/fc1/kernel is stored as {kind}"):
+        mmjax.save(tmp_path / "new", model, params)
+    assert not (tmp_path / "new").exists()
+    mmjax.save(tmp_path / "new", model, dequantize(params))
+    with pytest.raises(CheckpointError, match=f"stored as {kind}"):
+        save_parts(tmp_path / "parts", model, params, ".*layers_0/mlp/fc1/kernel")
+    assert not (tmp_path / "parts").exists()
 
 
 def test_a_model_of_no_family(tmp_path):

@@ -118,6 +118,7 @@ def test_an_image_too_long_to_resize():
         ("broken", "<image>", "image of 12 bytes: truncated"),
         (None, None, "nothing to process"),
         (None, [], "no texts given"),
+        (None, 5, "text is a int"),
     ],
 )
 def test_what_is_refused(images, text, words):
@@ -131,6 +132,26 @@ def test_what_is_refused(images, text, words):
     }[images]
     with pytest.raises(DataError, match=words):
         processor(images=given, text=text)
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ("hello", "expected a list of messages, got a str"),
+        ({"role": "user", "content": "hello"}, "expected a list of messages, got a dict"),
+        (["hello"], "message 0 is a str"),
+        ([{"role": "user"}], "message 0 has no content"),
+        ([{"role": "user", "content": [5]}], "message 0 has a part of type None"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.jpg"}}]}],
+            'part of type \'image_url\'; give parts such as .*"type": "image"',
+        ),
+    ],
+)
+def test_messages_that_a_template_would_show_as_nothing(messages, words):
+    _, _, processor = make()
+    with pytest.raises(DataError, match=words):
+        processor(messages=messages)
 
 
 def test_an_empty_prompt_is_its_special_tokens():
@@ -152,6 +173,9 @@ def test_a_model_refuses_what_does_not_fit():
     with pytest.raises(ConfigError, match="pixel_values, image_features: give one"):
         model.apply({"params": params}, **batch, image_features=np.zeros((1, 4, 8)))
     plain, params, processor = make("llava")
+    batch = processor(images=[picture(9, 20)], text="<image>a")
+    del batch["pixel_values"]
+    assert np.isnan(plain.apply({"params": params}, **batch).logits).any()
     with pytest.raises(DataError, match="2 image tokens, but the images have 4 features"):
         plain.apply({"params": params}, np.array([[IMAGE, IMAGE, 5]]), pixel_values=np.zeros((1, 8, 8, 3)))
 
@@ -220,6 +244,11 @@ def test_videos_are_pooled():
     # A grid of 2 x 2 features becomes their mean.
     embeds = model.apply({"params": params}, batch["input_ids"], method="embed_tokens")
     assert seen.shape == (1, 3, 4, 8) and embeds.shape[-1] == 8
+    whole = processor(videos=np.stack(frames), text="<video>")
+    assert (whole["pixel_values_videos"] == batch["pixel_values_videos"]).all()
+    for videos, words in (([[]], "video 0 has no frames"), (["a.mp4"], "'a.mp4' is no array of frames")):
+        with pytest.raises(DataError, match=words):
+            processor(videos=videos, text="<video>")
     other = {**batch, "pixel_values_videos": batch["pixel_values_videos"][:, ::-1]}
     assert np.abs(logits - model.apply({"params": params}, **other).logits).max() > 1e-4
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import pickle
@@ -19,6 +20,7 @@ from mmjax.checkpoints.torch_files import read_torch_file
 from mmjax.commands.info import inspect
 from mmjax.errors import CheckpointError, ConfigError
 from mmjax.models import CLIPConfig, CLIPModel, CLIPTextConfig, Processor
+from mmjax.training import flatten, load_parts
 from tests.generation.seeing import TOKENIZER, make, picture
 from tests.tiny import random_params
 
@@ -180,3 +182,86 @@ def test_original_folders_that_are_refused(original):
     refused("mm_use_im_start_end", mm_use_im_start_end=True)
     refused("unknown attribute surprise=1", surprise=1)
     refused("mm_vision_tower None is no name", mm_vision_tower=None)
+
+
+def bridge_tensors(params, prefix, places):
+    """A bridge's tensors, and the end of rows where there is one, under the original repository's names."""
+    made = {}
+    for name, place in places.items():
+        layer = params["multi_modal_projector"][name]
+        made[f"{prefix}mm_projector{place}.weight"] = np.ascontiguousarray(np.asarray(layer["kernel"]).T)
+        made[f"{prefix}mm_projector{place}.bias"] = np.asarray(layer["bias"])
+    if "image_newline" in params:
+        made["model.image_newline"] = np.asarray(params["image_newline"])
+    return made
+
+
+def assert_bridge(found, params):
+    wanted = {path: x for path, x in flatten(params).items() if not path.startswith(("vision_", "language_"))}
+    assert found.keys() == wanted.keys()
+    for path, value in wanted.items():
+        np.testing.assert_array_equal(found[path], value, err_msg=path)
+
+
+@pytest.mark.parametrize("prefix", ["model.", ""])
+@pytest.mark.parametrize("kind", ["llava", "llava_next"])
+@pytest.mark.parametrize("projector", ["linear", "mlp2x"])
+def test_a_bridge_of_the_original_repository_goes_onto_a_model(projector, kind, prefix, tmp_path):
+    model, _, _ = make(kind)
+    model = type(model)(dataclasses.replace(model.config, projector=projector))
+    params = random_params(model)
+    places = {"linear_1": ""} if projector == "linear" else {"linear_1": ".0", "linear_2": ".2"}
+    tensors = bridge_tensors(params, prefix, places)
+    write_torch(tmp_path / "mm_projector.bin", tensors)
+    save_file(tensors, tmp_path / "other.safetensors")
+    for path in (tmp_path / "mm_projector.bin", tmp_path, tmp_path / "other.safetensors"):
+        assert_bridge(load_parts(path, model), params)
+    (tmp_path / "mm_projector.bin").unlink()
+    (tmp_path / "other.safetensors").rename(tmp_path / "mm_projector.safetensors")
+    assert_bridge(load_parts(tmp_path, model), params)
+
+
+def test_bridges_that_are_refused(tmp_path):
+    model, params, _ = make("llava")
+    with pytest.raises(CheckpointError, match="has none of parts.safetensors, mm_projector.bin"):
+        load_parts(tmp_path, model)
+    tensors = bridge_tensors(params, "model.", {"linear_1": ".0", "linear_2": ".2"})
+    file = tmp_path / "mm_projector.bin"
+    write_torch(file, tensors, extra=("os", "system"))
+    with pytest.raises(CheckpointError, match=r"mm_projector.bin: .* names os.system"):
+        load_parts(tmp_path, model)
+    write_torch(file, {"model.mm_projector.0.weight": tensors["model.mm_projector.0.weight"][:-1]})
+    with pytest.raises(CheckpointError, match=r"mm_projector.bin: model.mm_projector.0.weight is .*expected"):
+        load_parts(tmp_path, model)
+    write_torch(file, {"model.mm_projector.weight": tensors["model.mm_projector.0.weight"]})
+    with pytest.raises(CheckpointError, match=r"model.mm_projector.weight has no place in this model"):
+        load_parts(file, model)
+
+
+def test_a_folder_of_a_bridge_says_what_it_is(original):
+    """Before anything else is looked for; beside other weights it is only one of the files."""
+    folder, model, params, _ = original
+    words = r"mm_projector.* is a bridge only, .*mmjax.training.load_parts, or .*LlavaFromParts\(bridge"
+    (folder / "model.safetensors").rename(folder / "mm_projector.safetensors")
+    hub = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**hub, "mm_vision_tower": "./nowhere/at/all"}))
+    for opens in (mmjax.load, inspect):
+        with pytest.raises(CheckpointError, match=words):
+            opens(folder)
+    (folder / "mm_projector.safetensors").unlink()
+    tensors = bridge_tensors(params, "model.", {"linear_1": ".0", "linear_2": ".2"})
+    write_torch(folder / "mm_projector.bin", tensors)
+    with pytest.raises(CheckpointError, match=words):
+        mmjax.load(folder)
+    assert_bridge(load_parts(folder, model), params)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="only safetensors weights are read"):
+        mmjax.load(folder)
+
+
+def test_what_ends_its_answers_goes_to_the_other_layout(original, tmp_path):
+    folder = original[0]
+    (folder / "generation_config.json").write_bytes(b'{"eos_token_id": [1, 7]}\r\n')
+    model, params, processor = mmjax.load(folder)
+    mmjax.save(tmp_path / "back", model, params, processor)
+    assert (tmp_path / "back" / "generation_config.json").read_bytes() == b'{"eos_token_id": [1, 7]}\r\n'

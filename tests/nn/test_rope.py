@@ -83,6 +83,33 @@ def test_longrope_has_divisors_for_either_length_of_a_row():
             np.testing.assert_allclose(a[row], b[0], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        DynamicScaling(factor=2.0, original_max_position_embeddings=4),
+        LongRopeScaling(
+            short_factor=(1.0, 1.5, 2.0, 3.0),
+            long_factor=(2.0, 3.0, 4.0, 8.0),
+            original_max_position_embeddings=4,
+            factor=4.0,
+        ),
+    ],
+    ids=lambda scaling: type(scaling).__name__,
+)
+@pytest.mark.parametrize("axes", [1, 3])
+def test_packed_texts_have_their_own_lengths(scaling, axes):
+    settings = config(scaling=scaling, sections=(2, 1, 1) if axes == 3 else ())
+    segments = np.array([[1] * 7 + [2] * 3 + [3] * 5, [5] * 2 + [4] * 9 + [0] * 4])
+    positions = np.stack([np.concatenate([np.arange(n) for n in row]) for row in ((7, 3, 5), (2, 9, 4))])
+    positions = np.stack([positions // (axis + 1) for axis in range(axes)]) if axes == 3 else positions
+    packed = rope_tables(settings, positions, segments)
+    for row, column in zip(*np.nonzero(np.diff(segments, axis=1, prepend=-1)), strict=True):
+        here = segments[row] == segments[row, column]
+        alone = rope_tables(settings, positions[..., row : row + 1, here])
+        for a, b in zip(packed, alone, strict=True):
+            np.testing.assert_allclose(a[row, here], b[0], rtol=1e-6, atol=1e-6)
+
+
 def test_rotation_keeps_lengths_and_sees_only_distances():
     query, key = (RNG.standard_normal((1, 1, 1, 8)).astype(np.float32) for _ in range(2))
 

@@ -38,6 +38,20 @@ CASES: dict[str, Any] = {
     ),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES, attention_bias=True),
 }  # fmt: skip
+# Rotations that change where a text grows beyond 16 tokens.
+BY_LENGTH: dict[str, Any] = {
+    "dynamic": lambda: transformers.LlamaConfig(
+        **{**SIZES, "max_position_embeddings": 16},
+        rope_parameters=dict(rope_type="dynamic", factor=8.0, rope_theta=500.0),
+    ),
+    "longrope": lambda: transformers.LlamaConfig(
+        **SIZES,
+        rope_parameters=dict(
+            rope_type="longrope", factor=8.0, original_max_position_embeddings=16, rope_theta=500.0,
+            short_factor=[1.0, 1.1, 1.2, 1.3, 1.4], long_factor=[1.5, 2.0, 3.0, 5.0, 8.0],
+        ),
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +61,9 @@ def folder(tmp_path_factory):
 
 @functools.cache
 def both(name: str, folder: Any) -> tuple[Any, Any, Any]:
-    theirs = transformers.AutoModelForCausalLM.from_config(CASES[name](), attn_implementation="eager")
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        {**CASES, **BY_LENGTH}[name](), attn_implementation="eager"
+    )
     ref.randomise(theirs)
     theirs.generation_config = transformers.GenerationConfig(bos_token_id=0, eos_token_id=2, pad_token_id=PAD)
     model, params, _ = mmjax.load(ref.save_reference(theirs, folder / name))
@@ -85,6 +101,22 @@ def test_greedy_texts_of_64_tokens(name, stops, folder, monkeypatch):
     for side in ("left", "right"):
         tokens = mmjax.generate(model, params, prompts(side), 64, stop_ids=stops)
         np.testing.assert_array_equal(tokens, expected)
+
+
+@pytest.mark.parametrize("name", BY_LENGTH)
+def test_greedy_texts_that_grow_beyond_the_original_context(name, folder, monkeypatch):
+    """Cached keys keep their rotation there as here. Rows one by one: there the longest decides for all."""
+    theirs, model, params = both(name, folder)
+    monkeypatch.setattr(theirs.generation_config, "eos_token_id", None)
+    for row in range(3):
+        batch = {key: value[row : row + 1] for key, value in prompts().items()}
+        batch = {key: value[batch["attention_mask"] > 0][None] for key, value in batch.items()}
+        tokens = np.asarray(mmjax.generate(model, params, batch, 64, stop_ids=()))
+        np.testing.assert_array_equal(tokens, reference_tokens(theirs, batch, 64))
+    # Not what whole passes over the text give: the test would see it.
+    ids = np.concatenate([batch["input_ids"], tokens], axis=1)
+    logits = model.apply({"params": params}, ids[:, :-1]).logits
+    assert (np.argmax(logits[0, -48:], axis=-1) != tokens[0, -48:]).any()
 
 
 BEAMS = [

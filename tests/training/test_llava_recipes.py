@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import mmjax
 from mmjax.data import ChatData, InstructionData
@@ -32,8 +34,10 @@ from mmjax.training.cli import load_experiment, main
 from mmjax.training.lora import merge_lora
 from mmjax.training.parts import BRIDGE
 from mmjax.training.plan_shapes import batch_shapes
+from mmjax.training.state import merge
 from mmjax.vision import ImageProcessor
 from tests.data.seeing import WORDS, row, write_images, write_rows
+from tests.models.test_llava_original import write_torch
 from tests.tiny import random_params
 
 FOLDER = Path(__file__).parents[2] / "experiments"
@@ -131,6 +135,29 @@ def test_a_bridge_goes_onto_the_same_parts_again(parts, aligned, tmp_path):
     again = run("llava_1_5_alignment", tmp_path, parts, *flags)
     for one, other in zip(*(flatten(mmjax.load(f)[1]).values() for f in (aligned, again)), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_a_bridge_of_the_original_repository_begins_a_run(parts, aligned, tmp_path):
+    """Its mm_projector.bin by itself, and the brain's generation_config.json for the model's folder."""
+    brain, answers = tmp_path / "brain", '{"eos_token_id": [1, 7]}'
+    shutil.copytree(parts / "brain", brain)
+    (brain / "generation_config.json").write_text(answers)
+    stored = load_file(aligned / "parts.safetensors")
+    names = {"multi_modal_projector.linear_1": "model.mm_projector.0"}
+    names["multi_modal_projector.linear_2"] = "model.mm_projector.2"
+    write_torch(
+        tmp_path / "mm_projector.bin",
+        {names[name.rpartition(".")[0]] + "." + name.rpartition(".")[2]: x for name, x in stored.items()},
+    )
+    source = LlavaFromParts(eyes=str(parts / "eyes"), brain=str(brain), bridge=str(tmp_path))
+    opened = source.open(None, jax.random.key(0), make_mesh({"data": 1}, jax.devices()[:1]))
+    params = opened.params()
+    for path, leaf in load_parts(aligned, opened.model).items():
+        np.testing.assert_array_equal(params[path], leaf, err_msg=path)
+    mmjax.save(tmp_path / "whole", opened.model, merge(params), opened.processor)
+    assert (tmp_path / "whole" / "generation_config.json").read_text() == answers
+    tuned = run("llava_1_5_instruction", tmp_path, parts, f"--model.path={tmp_path / 'whole'}")
+    assert (tuned / "generation_config.json").read_text() == answers
 
 
 def test_full_tuning_moves_bridge_and_brain_and_not_the_eyes(parts, aligned, tmp_path):

@@ -114,6 +114,39 @@ def test_text_is_generated_with_adapters_beside(store):
     assert not np.array_equal(tokens, plain)
 
 
+def table_adapter(rank: int = 2) -> tuple[dict[str, Any], LoraConfig]:
+    shapes = {"model": {"embed_tokens": {"a": jnp.zeros((270, rank)), "b": jnp.zeros((rank, 24))}}}
+    config = LoraConfig(targets="model/embed_tokens/embedding", rank=rank, alpha=5.0, dropout=0.5)
+    return random_tree(shapes, 5), config
+
+
+def test_an_embedding_table_takes_the_sum(tmp_path):
+    model = llama()
+    params = params_of(model)
+    adapter, config = table_adapter()
+    both, configs = {"table": adapter, "all": adapter_of(params, ALL)}, {"table": config, "all": ALL}
+    a, b = (np.asarray(adapter["model"]["embed_tokens"][name], "f8") for name in "ab")
+    expected = np.asarray(params["model"]["embed_tokens"]["embedding"], "f8") + 2.5 * a @ b
+    # Tables have no dropout, with a key either.
+    for key in (None, jax.random.key(0)):
+        table = adapt(params, both, configs, key=key)["model"]["embed_tokens"]["embedding"]
+        np.testing.assert_allclose(table, expected, rtol=1e-5, atol=1e-6)
+    beside = logits(model, adapt(params, both, configs))
+    assert_close(beside, logits(model, merge_lora(params, both, configs)), 5e-6)
+    save_adapter(tmp_path, model, adapter, config)
+    again, same = load_adapter(tmp_path, model)
+    assert (same.rank, same.alpha, same.scale_of(config.targets)) == (2, 5.0, 2.5)
+    jax.tree.map(np.testing.assert_array_equal, again, adapter)
+
+
+def test_a_tied_table_has_no_adapter_in_peft(tmp_path):
+    tied = CausalLM(DecoderConfig(**SIZES, tie_word_embeddings=True))
+    adapter, config = table_adapter()
+    with pytest.raises(CheckpointError, match="embed_tokens/embedding: .* one matrix for both"):
+        save_adapter(tmp_path / "new", tied, adapter, config)
+    assert not (tmp_path / "new").exists()
+
+
 def test_several_adapters_add_up():
     model = llama()
     params = params_of(model)

@@ -373,6 +373,8 @@ def test_a_loss_that_does_not_tell_its_batch_is_one_line(capsys: pytest.CaptureF
         (["--mesh", "data=4097"], "4,097 devices; a plan is for 4,096 at most"),
         (["--mesh", "data=3"], "cannot be split over 3 devices"),
         (["--mesh", "model=2"], "unknown axis 'model'"),
+        (["--mesh", "data=0"], "mesh: sizes must be positive, or -1 for what remains; got {'data': 0}"),
+        (["--mesh", "data=8,data=4"], "expected pairs such as name=a whole number (int),..., each name once"),
         (["--train.stepz=3"], "did you mean steps"),
     ],
 )

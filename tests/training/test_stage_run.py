@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from mmjax.errors import DataError
 from mmjax.parallel import make_mesh
 from mmjax.training import FROZEN, Constant, Cosine, Experiment, Stage
 from mmjax.training.stage_run import StageRun
@@ -75,3 +76,11 @@ def test_a_shared_program_is_compiled_once_and_learns_the_same() -> None:
     jax.tree.map(np.testing.assert_array_equal, *results)
     assert [run.step._cache_size() for run in (*shared, *alone)] == [1, 1, 1, 1]
     assert alone[0].step is not alone[1].step
+
+
+def test_integers_that_jax_would_cut_are_refused() -> None:
+    (run,) = runs(of(FIRST))
+    numbers = np.arange(8, dtype=np.int64)
+    assert run.place({"labels": numbers})["labels"].tolist() == list(range(8))
+    with pytest.raises(DataError, match="integers in the data do not fit int32; number them anew"):
+        run.place({"labels": numbers << 32})

@@ -9,6 +9,7 @@ import numpy as np
 
 from mmjax.errors import DataError
 
+_PARTS = ("text", "image", "video")
 _SOURCES = ("image", "video", "path", "url")
 
 
@@ -26,12 +27,13 @@ def pull_media(
         The messages, texts as parts; all images; all videos.
 
     Raises:
-        DataError: parts without a source are not as many as images or videos are given.
+        DataError: parts without a source are not as many as images or videos are given, or `check_messages`.
 
     >>> said = [{"role": "user", "content": [{"type": "image", "image": "a.png"}, {"type": "image"}]}]
     >>> pull_media(said, ["b.png"], [])[1]
     ['a.png', 'b.png']
     """
+    check_messages(messages)
     waiting = {"image": list(images), "video": list(videos)}
     found: dict[str, list[Any]] = {"image": [], "video": []}
     missing = {"image": 0, "video": 0}
@@ -51,8 +53,8 @@ def pull_media(
         return {name: value for name, value in part.items() if name not in _SOURCES}
 
     chat = []
-    for message in messages if isinstance(messages, Iterable) else ():
-        content = message.get("content") if isinstance(message, Mapping) else None
+    for message in messages:
+        content = message.get("content")
         if isinstance(content, list | tuple):
             message = {**message, "content": [pulled(part) for part in content]}
         chat.append(message)
@@ -64,6 +66,31 @@ def pull_media(
                 f"{kind}s are left over; give one {kind} for each part {{'type': '{kind}'}}"
             )
     return chat, found["image"], found["video"]
+
+
+def check_messages(messages: Any) -> None:
+    """Refuse what a template would show as nothing.
+
+    Raises:
+        DataError: no list of messages, a message that says nothing, or a part of an unknown kind.
+
+    >>> check_messages([{"role": "user", "content": [{"type": "text", "text": "hello"}]}])
+    """
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Iterable):
+        raise DataError(f"messages: expected a list of messages, got a {type(messages).__name__}")
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise DataError(f"messages: message {number} is a {type(message).__name__}, not a dict")
+        content = message.get("content")
+        if content is None and not set(message) - {"role", "content"}:
+            raise DataError(f"messages: message {number} has no content")
+        for part in content if isinstance(content, list | tuple) else ():
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if kind not in _PARTS:
+                raise DataError(
+                    f"messages: message {number} has a part of type {kind!r}; give parts such as "
+                    '{"type": "text", "text": ...} and {"type": "image", "image": ...}'
+                )
 
 
 def groups_of(media: Any, counts: Sequence[int], what: str) -> list[list[Any]]:
@@ -86,7 +113,8 @@ def groups_of(media: Any, counts: Sequence[int], what: str) -> list[list[Any]]:
             # As a call without places may have it: lists only of texts that have images.
             groups = _spread([g for g in groups if g], counts)
     else:
-        flat = [] if media is None else list(media) if is_many(media) else [media]
+        one = what == "video" and isinstance(media, np.ndarray) and media.ndim == 4
+        flat = [] if media is None else list(media) if is_many(media) and not one else [media]
         if len(flat) != sum(counts):
             raise DataError(
                 f"{what}s: {len(flat)} given, but the texts have {sum(counts)} {what} places "
@@ -149,7 +177,7 @@ def places(messages: Any, kind: str) -> int:
     """
     parts = [
         part
-        for message in messages or ()
+        for message in (messages if isinstance(messages, list | tuple) else ())
         if isinstance(message, dict) and isinstance(message.get("content"), list | tuple)
         for part in message["content"]
     ]
@@ -161,4 +189,4 @@ def places(messages: Any, kind: str) -> int:
     )
 
 
-__all__ = ["as_list", "groups_of", "is_many", "is_nested", "places", "pull_media"]
+__all__ = ["as_list", "check_messages", "groups_of", "is_many", "is_nested", "places", "pull_media"]

@@ -196,7 +196,11 @@ class Llava(Model):
             merged = merge_features(inputs_embeds, table, image_index, image_weights)
             # First as the table lies, then by rows: else both sides of the merge are sent, not its result.
             return shard_rows(shard_rows(merged, axis=-1)), seen
-        return self.language_model.embed_inputs(input_ids, inputs_embeds=inputs_embeds), None
+        embeds = self.language_model.embed_inputs(input_ids, inputs_embeds=inputs_embeds)
+        if image_index is not None:
+            # As in `merge_features`: what is not there shows.
+            embeds = jnp.where(image_index[..., :1] >= 0, jnp.nan, embeds)
+        return embeds, None
 
     def decode(
         self,

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mmjax.checkpoints.files import open_tensors, read_json
+from mmjax.checkpoints.files import open_tensors, read_json, weight_files
 from mmjax.checkpoints.torch_files import JoinedTensors
 from mmjax.checkpoints.weights import load_params
 from mmjax.errors import CheckpointError, ConfigError
@@ -143,6 +143,8 @@ def open_original(folder: Path, hub: Mapping[str, Any], find: Any) -> Iterator[t
         CheckpointError, ConfigError: something is missing, unknown or damaged.
     """
     where = folder / "config.json"
+    # A folder without weights is told before its eyes are looked for, which may be on the hub.
+    weight_files(folder)
     named = hub["mm_vision_tower"]
     if not isinstance(named, str) or not named:
         raise ConfigError(f"{where}: mm_vision_tower {short(named)} is no name of a folder")

@@ -17,7 +17,7 @@ from mmjax.language.batching import Layout, checked_texts, side_of
 from mmjax.models.llava.collate import collate, table_of
 from mmjax.models.llava.config import LlavaConfig
 from mmjax.models.llava.layout import ImageTokens, fill, place
-from mmjax.models.llava.media import as_list, groups_of, is_nested, places, pull_media
+from mmjax.models.llava.media import as_list, check_messages, groups_of, is_nested, places, pull_media
 from mmjax.models.llava.prompts import chat_ids, cut
 from mmjax.models.llava.settings import read_image_tokens, written_settings
 from mmjax.models.processor import PROCESSOR_FILE, Processor
@@ -97,7 +97,8 @@ class LlavaProcessor(Processor):
             messages: In place of text: a conversation or a list of them. Images are parts {"type": "image"},
                 which may bring their image under "image" or "path". Nothing that people typed becomes a
                 special token or a place for an image.
-            videos: Frames [F, H, W, C], or lists of images, one for each `video_token` (OneVision).
+            videos: One video as an array [F, H, W, C], or a list with one for each `video_token`, each an
+                array or a list of images (OneVision).
             return_tensors: None or "np"; arrays are always numpy's.
             padding, truncation, max_length, pad_to_multiple_of, padding_side: as for `Tokenizer`; tokens of
                 images are never cut off.
@@ -121,8 +122,12 @@ class LlavaProcessor(Processor):
             pictures = groups_of(images, counts, "image")
             flat_companions = not is_nested(images)
         else:
-            several = bool(messages) and isinstance(messages[0], list | tuple)
+            several = isinstance(messages, list | tuple) and isinstance(
+                next(iter(messages), None), list | tuple
+            )
             prompts = list(messages) if several else [messages]
+            for prompt in prompts:
+                check_messages(prompt)
             counts = [places(prompt, "image") for prompt in prompts]
             pictures = groups_of(images, counts, "image")
             options = {"add_generation_prompt": True, **options}
@@ -287,6 +292,11 @@ class LlavaProcessor(Processor):
         eyes = self.image_processor
         if not isinstance(eyes, TileImageProcessor):
             raise DataError("videos: this model takes images only")
+        for number, video in enumerate(videos):
+            if isinstance(video, str | os.PathLike):
+                raise DataError(f"videos: {os.fspath(video)!r} is no array of frames, nor a list of images")
+            if not len(video):
+                raise DataError(f"videos: video {number} has no frames")
         films = [np.stack([eyes.frame(frame) for frame in video]) for video in videos]
         layouts = [self.image_tokens.video_layout(len(film)) for film in films]
         return {"pixel_values_videos": stack_tiles(films)}, layouts

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mmjax.memory import keep_freed_memory
+from mmjax.parallel import keep_freed_memory
 
 
 @pytest.mark.parametrize("name", ["GLIBC_TUNABLES", "MALLOC_ARENA_MAX", "MALLOC_TRIM_THRESHOLD_"])
@@ -25,7 +25,7 @@ def test_freed_memory_stays():
     """In a process of its own: 256 MiB that were freed are still there, and were given back without it."""
     script = """
 import ctypes, os, sys
-from mmjax.memory import keep_freed_memory
+from mmjax.parallel import keep_freed_memory
 kept = sys.argv[1] == "keep" and keep_freed_memory()
 library = ctypes.CDLL(None)
 library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -77,7 +77,7 @@ def experiment():
 def test_a_run_keeps_the_buffers_of_its_programs(tmp_path):
     """A program's 77 MB are not taken anew for each of its runs, though the experiment's file starts jax."""
     file = tmp_path / "kept.py"
-    file.write_text(EXPERIMENT.format(root=str(Path(__file__).parents[1])))
+    file.write_text(EXPERIMENT.format(root=str(Path(__file__).parents[2])))
     faults = []
     for own in ({}, {"MALLOC_ARENA_MAX": "2"}):
         command = [sys.executable, "-m", "mmjax.cli", "train", str(file), "--workdir", str(tmp_path)]
@@ -101,7 +101,7 @@ def test_an_installed_plugin_may_find_an_accelerator():
 
 def asked(environment, first):
     """What a process of its own answers; jax reads its settings when it is imported."""
-    script = first + "from mmjax.memory import only_cpu; print(only_cpu())"
+    script = first + "from mmjax.parallel import only_cpu; print(only_cpu())"
     command = [sys.executable, "-c", script]
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, env={**os.environ, **environment}
