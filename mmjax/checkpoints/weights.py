@@ -108,12 +108,12 @@ def _place(piece: np.ndarray, spec: ParamSpec, dtype: str | None, mesh: Mesh | N
     """One array on its device(s); every device gets a copy of its own part only, one after another."""
     target = jnp.dtype(dtype) if dtype is not None else piece.dtype
     if mesh is None:
-        there, axes = _put(piece, None)
+        there, axes = _put(piece, None, target)
         del piece  # nobody else has it: the host's copy goes before the device makes its own
-        return _arranged(there, axes, target).block_until_ready()
+        return _arranged(there, axes, target)
     sharding = NamedSharding(mesh, partition_spec(spec.axes, spec.shape, mesh))
     parts = sharding.addressable_devices_indices_map(piece.shape).items()
-    arrays = [_arranged(*_put(piece[index], device), target).block_until_ready() for device, index in parts]
+    arrays = [_arranged(*_put(piece[index], device, target), target) for device, index in parts]
     return jax.make_array_from_single_device_arrays(piece.shape, sharding, arrays, dtype=target)
 
 
@@ -125,21 +125,32 @@ def _place_transposed(
     return TransposedKernel(_place(piece.T, turned, dtype, mesh))
 
 
-def _put(piece: np.ndarray, device: Any) -> tuple[jax.Array, tuple[int, ...]]:
+def _put(piece: np.ndarray, device: Any, dtype: Any) -> tuple[jax.Array, tuple[int, ...]]:
     """A piece on a device as it lies in memory, and the order of axes that makes it the piece again.
 
     numpy takes seconds to transpose what a device transposes in no time.
     """
     order = sorted(range(piece.ndim), key=lambda axis: -piece.strides[axis])
+    axes = tuple(order.index(axis) for axis in range(piece.ndim))
     # Not ascontiguousarray: that makes a scalar an array of one entry.
-    there = jax.device_put(np.asarray(piece.transpose(order), order="C"), device)
-    return there.block_until_ready(), tuple(order.index(axis) for axis in range(piece.ndim))
+    laid = np.asarray(piece.transpose(order), order="C")
+    # On a CPU the host's own memory will do for what is arranged, but not for what stays as it is.
+    there = jax.device_put(laid, device, may_alias=_changes(laid, axes, dtype))
+    return there.block_until_ready(), axes
+
+
+def _changes(x: Any, axes: tuple[int, ...], dtype: Any) -> bool:
+    return axes != tuple(range(x.ndim)) or x.dtype != dtype
+
+
+def _arranged(there: jax.Array, axes: tuple[int, ...], dtype: Any) -> jax.Array:
+    """What `_put` gave as it is to be, in memory of its own."""
+    return _arrange(there, axes, dtype).block_until_ready() if _changes(there, axes, dtype) else there
 
 
 @functools.partial(jax.jit, static_argnames=("axes", "dtype"))
-def _arranged(x: jax.Array, axes: tuple[int, ...], dtype: Any) -> jax.Array:
-    # The copy is for what needs no change: on a CPU the input may be the host's own memory.
-    return jnp.copy(x.transpose(axes).astype(dtype))
+def _arrange(x: jax.Array, axes: tuple[int, ...], dtype: Any) -> jax.Array:
+    return x.transpose(axes).astype(dtype)
 
 
 def named_tensors(rules: KeyRules, params: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
