@@ -158,3 +158,12 @@ def tokenizer(name: str) -> Tokenizer:
         eos_token="</s>",
         chat_template=TEMPLATES[name],
     )
+
+
+def ids_of(name: str, chat: list, **options) -> list[int]:
+    return tokenizer(name).apply_chat_template(chat, **options)["input_ids"][0].tolist()
+
+
+def special_ids(name: str, ids: list[int]) -> list[int]:
+    known = {tokenizer(name).token_to_id(token) for token in (*SPECIAL, "<s>", "</s>")}
+    return [number for number in ids if number in known]
