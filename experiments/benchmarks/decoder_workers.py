@@ -75,9 +75,7 @@ def with_transformers(case: Case, form: str, folder: Path) -> Program:
 def with_mmjax(case: Case, form: str, folder: Path) -> Program:
     """The form is the dtype of parameters and products, and "transposed" for kernels that are stored so."""
     import mmjax
-    from mmjax.parallel import keep_freed_memory
 
-    keep_freed_memory()
     dtype, *stored = form.split()
     model, params, _ = mmjax.load(folder, dtype=dtype, transpose_kernels=bool(stored))
     batch = {"input_ids": make_prompts(case, model.config.vocab_size)}

@@ -81,7 +81,8 @@ def speed(folder: Path, batch: int, rounds: int, retakes: int) -> dict[str, Any]
     for new in (1, NEW):
         case = Case(batch, new).name
         print(f"  batch {batch}, {new} new", flush=True)
-        start = [functools.partial(Runner.start, WORKER, *form, case, str(folder)) for form in FORMS[batch]]
+        text = functools.partial(Runner.start, WORKER, writes_text=True)
+        start = [functools.partial(text, *form, case, str(folder)) for form in FORMS[batch]]
         turns[new] = take_turns(start, rounds, retakes)
     return {"batch": batch, **compare(turns[1], turns[NEW], batch)}
 

@@ -106,7 +106,8 @@ def measure(case: Case, also: Sequence[str], folder: Path, rounds: int, retakes:
     """All forms of a case, taking turns."""
     print(case.name, flush=True)
     forms = FORMS[case.kind] + [("transformers", ALSO[name]) for name in also]
-    start = [functools.partial(Runner.start, WORKER, *form, case.name, str(folder)) for form in forms]
+    worker = functools.partial(Runner.start, WORKER, writes_text=case.kind == "generate")
+    start = [functools.partial(worker, *form, case.name, str(folder)) for form in forms]
     return take_turns(start, rounds, retakes)
 
 

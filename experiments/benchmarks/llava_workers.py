@@ -136,7 +136,8 @@ def with_mmjax(case: Case, form: str, folder: Path) -> Program:
     from mmjax.nn import Execution
     from mmjax.parallel import keep_freed_memory
 
-    keep_freed_memory()
+    if case.kind != "generate":
+        keep_freed_memory()
     dtype, *stored = form.split()
     execution = Execution(dtype=dtype)
     model, params, _ = mmjax.load(

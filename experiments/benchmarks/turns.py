@@ -25,10 +25,11 @@ QUIET = 0.05  # the most of the machine that others may use during a turn
 TURN_SECONDS = 1.5  # a turn lasts about this long
 # Each library's best form. A step's gigabytes come from the system anew each time, page by page. On Linux
 # mmjax's processes keep them, as `mmjax train` does on CPU; the others get pages of 2 MiB, with which torch
-# runs fastest (keeping memory slows it down).
+# runs fastest (keeping memory slows it down), and mmjax where it writes text: a token reads all weights.
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-MEMORY = "mmjax's processes keep freed memory as `mmjax train` does on CPU; all others ran with " + " ".join(
-    f"{name}={value}" for name, value in HUGE_PAGES.items()
+MEMORY = (
+    "mmjax's processes keep freed memory as `mmjax train` does on CPU, except to write text; those and "
+    f"all others ran with {' '.join(f'{name}={value}' for name, value in HUGE_PAGES.items())}"
 )
 
 
@@ -120,11 +121,14 @@ class Runner:
     peak: int = 0
 
     @classmethod
-    def start(cls, script: str, library: str, form: str, *arguments: str) -> Runner:
+    def start(
+        cls, script: str, library: str, form: str, *arguments: str, writes_text: bool = False
+    ) -> Runner:
         """Start a worker script of this folder and wait until it has compiled and run."""
         worker = [sys.executable, str(HERE / script), library, form, *arguments]
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        environment = {**os.environ, **({} if keeps_memory(library, form) else HUGE_PAGES)}
+        keeps = keeps_memory(library, form) and not writes_text
+        environment = {**os.environ, **({} if keeps else HUGE_PAGES)}
         process = subprocess.Popen(worker, env=environment, **pipes)
         runner = cls(library, form, process)
         runner.setup = runner._read()

@@ -12,7 +12,7 @@ import pytest
 import mmjax
 from mmjax.errors import ConfigError
 from mmjax.models import CausalLM
-from mmjax.nn import Execution, TransposedKernel, dense, transpose_kernels
+from mmjax.nn import Execution, TransposedKernel, dense, transpose_kernels, transposed
 from mmjax.nn.quantized import dequantize
 from mmjax.parallel import make_mesh
 from tests.tiny import DECODERS, random_batch, random_params
@@ -21,8 +21,10 @@ RNG = np.random.default_rng(0)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 64, 65])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_product_is_that_of_the_array(dtype, rows):
+@pytest.mark.parametrize(("dtype", "tiles"), [("float32", False), ("bfloat16", False), ("bfloat16", True)])
+def test_the_product_is_that_of_the_array(dtype, tiles, rows, monkeypatch):
+    # The order of the factors is the processor's choice: both are held on every machine.
+    monkeypatch.setattr(transposed, "_has_tiles", lambda: tiles)
     kernel = jnp.asarray(RNG.standard_normal((24, 10)), dtype)
     stored, x = TransposedKernel(kernel.T), jnp.asarray(RNG.standard_normal((rows, 24)), dtype)
     assert stored.shape == kernel.shape and stored.dtype == kernel.dtype
