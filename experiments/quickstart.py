@@ -39,7 +39,7 @@ from mmjax.training import (
     Train,
 )
 
-SCENES, IMAGE_SIZE, PATCH = 16_000, 48, 16
+SCENES, IMAGE_SIZE, PATCH = 12_000, 48, 16
 WORDS, CAPTION_VOCABULARY, VOCABULARY = 20, 640, 512
 FEATURES = "{workdir}/features/{name}"
 TEST_SCENES, GUESSED_FROM = 300, 4_000
@@ -62,7 +62,7 @@ def experiment() -> Experiment:
             execution=Execution(dtype="bfloat16"),
         ),
         # A row has room for nine questions in threes about a picture, and for six that have one each.
-        data=dialogues("all", draws=3, turns=3),
+        data=dialogues("all", draws=4, turns=3),
         prepare=KeepFeatures(folder=FEATURES, data=dialogues("caption"), batch_size=256),
         stages=(
             Stage(
