@@ -136,8 +136,7 @@ def with_mmjax(case: Case, form: str, folder: Path) -> Program:
     from mmjax.nn import Execution
     from mmjax.parallel import keep_freed_memory
 
-    if case.kind != "generate":
-        keep_freed_memory()
+    keep_freed_memory()  # but not where the environment has settled it: to write text
     dtype, *stored = form.split()
     execution = Execution(dtype=dtype)
     model, params, _ = mmjax.load(

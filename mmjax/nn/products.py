@@ -37,7 +37,7 @@ def kernel_product(x: Array, kernel: Array, dtype: Any) -> Array:
 
     Deviation: with a `dtype` narrower than float32 there is a reverse gradient only, no `jax.jvp`.
     """
-    return (_narrow_product if is_narrow(dtype) else _product)(x, kernel, dtype)
+    return (_narrow_product if is_narrow(dtype) else product_along)(x, kernel, dtype)
 
 
 def batched_product(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
@@ -83,7 +83,7 @@ def by_rows(product: Callable[[Array, Array], Array], x: Array, other: Array) ->
     return lax.platform_dependent(x, other, cpu=twice, default=product)
 
 
-def _product(x: Array, kernel: Array, dtype: Any, axis: int = 0) -> Array:
+def product_along(x: Array, kernel: Array, dtype: Any, axis: int = 0) -> Array:
     """x [..., D] times kernel [D, F] with factors in `dtype`, summed and returned in at least float32.
 
     Args:
@@ -101,18 +101,18 @@ def _product(x: Array, kernel: Array, dtype: Any, axis: int = 0) -> Array:
 # it first. The kernel comes in its own dtype, so that its gradient keeps the float32 sum.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _narrow_product(x: Array, kernel: Array, dtype: Any) -> Array:
-    return _product(x, kernel, dtype)
+    return product_along(x, kernel, dtype)
 
 
 def _narrow_product_fwd(x: Array, kernel: Array, dtype: Any) -> tuple[Array, tuple[Array, Array]]:
-    return _product(x, kernel, dtype), (x, kernel)
+    return product_along(x, kernel, dtype), (x, kernel)
 
 
 def _narrow_product_bwd(dtype: Any, factors: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = factors
     g = g.astype(dtype)
     # A kernel that is transposed first would be widened.
-    dx = _product(g, kernel, dtype, axis=1).astype(x.dtype)
+    dx = product_along(g, kernel, dtype, axis=1).astype(x.dtype)
     # All rows' axes are contracted at once, not flattened: XLA on CPU then stays in the narrow dtype.
     rows = tuple(range(x.ndim - 1))
     dkernel = lax.dot_general(x, g, ((rows, rows), ((), ())), preferred_element_type=accumulator(dtype))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mmjax.nn.kernels import LAYER_KERNELS, replace_kernels
-from mmjax.nn.products import accumulator, by_rows, is_narrow
+from mmjax.nn.products import is_narrow, product_along
 
 Array = jax.Array
 # On a CPU with tiles: fewer rows than the first take as long or longer; with more than the second the usual
@@ -60,12 +60,12 @@ class TransposedKernel:
     def product(self, x: Array, dtype: Any) -> Array:
         """x [..., D], in `dtype`, times the kernel, summed and returned in at least float32."""
         rows = x.reshape(-1, x.shape[-1]).astype(dtype)
-        product = functools.partial(_product, dtype=dtype)
+        product = functools.partial(product_along, dtype=dtype, axis=1)
         if is_narrow(dtype) and 0 < len(rows) <= _FEW and _has_tiles():
             few = functools.partial(_product_of_few, dtype=dtype)
             y = lax.platform_dependent(rows, self.values, cpu=few, default=product)
         else:
-            y = by_rows(product, rows, self.values)
+            y = product(rows, self.values)
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     def array(self) -> Array:
@@ -73,16 +73,10 @@ class TransposedKernel:
         return self.values.T
 
 
-def _product(rows: Array, values: Array, *, dtype: Any) -> Array:
-    """[R, D] times [F, D] transposed, in at least float32."""
-    contract = (((1,), (1,)), ((), ()))
-    return lax.dot_general(rows, values.astype(dtype), contract, preferred_element_type=accumulator(dtype))
-
-
 def _product_of_few(rows: Array, values: Array, *, dtype: Any) -> Array:
-    """The same, with the kernel as the first factor, for processors with tiles."""
+    """[R, D] times [F, D] transposed, with the kernel as the first factor, for processors with tiles."""
     padded = jnp.pad(rows, ((0, max(0, _FEWEST - len(rows))), (0, 0)))
-    y = _product(values, padded, dtype=dtype)
+    y = product_along(values.astype(dtype), padded, dtype, axis=1)
     # Without the barrier XLA takes the transpose into the product, and with it the order of the factors.
     return lax.optimization_barrier(y).T[: len(rows)]
 
