@@ -48,9 +48,11 @@ def read_prompt(
             name: lax.dynamic_slice_in_dim(value, begin, size, axis=1)
             for name, value in (("inputs_embeds", embeds), ("attention_mask", mask))
         }
-        hidden, cache = model.apply({"params": params}, **piece, cache=cache, method="hidden")
-        at = jnp.clip(length - 1 - begin, 0, size - 1)
-        return lax.dynamic_index_in_dim(hidden, at, axis=1, keepdims=False), cache
+        at = jnp.full(mask.shape[:1], jnp.clip(length - 1 - begin, 0, size - 1), jnp.int32)
+        hidden, cache = model.apply(
+            {"params": params}, **piece, cache=cache, logits_to_keep=at, method="hidden"
+        )
+        return hidden[:, 0], cache
 
     def read_more(state: tuple[Array, Any], begin: Array) -> tuple[tuple[Array, Any], None]:
         return lax.cond(begin < length, lambda: read(state[1], begin, size), lambda: state), None

@@ -14,7 +14,7 @@ from jax import lax
 
 from mmjax.errors import ConfigError
 from mmjax.language.config import DecoderConfig
-from mmjax.language.decoder_layers import DecoderLayer, make_norm
+from mmjax.language.decoder_layers import DecoderLayer, make_norm, take_positions
 from mmjax.nn import (
     Dense,
     Embedding,
@@ -40,8 +40,9 @@ class DecoderOutput(ModelOutput):
     """What the decoder returns.
 
     Attributes:
-        last_hidden_state: [B, T, D], after the last norm.
-        hidden_states: the input of every layer, then last_hidden_state, L + 1 arrays, on request.
+        last_hidden_state: [B, T', D], after the last norm, of the positions that were asked for.
+        hidden_states: the input of every layer, then what comes after the last norm, L + 1 arrays [B, T, D],
+            on request.
         attentions: L arrays [B, N, T, S], on request.
         cache: with the new tokens, where one was given.
     """
@@ -129,6 +130,32 @@ def within(query: Array, key: Array, window: int) -> Array:
     return (query[:, None, :, None] - key[:, None, None, :]) < window
 
 
+def kept_positions(logits_to_keep: int | Array, rows: int, length: int) -> Array | None:
+    """The positions whose logits are asked for.
+
+    Args:
+        logits_to_keep: 0 for all, n for the last n, or one position per row, int [B].
+        rows, length: B and T.
+
+    Returns:
+        int [B, T'], or None for all.
+
+    Raises:
+        ConfigError: another number of positions than of rows.
+
+    >>> kept_positions(2, 1, 5).tolist()
+    [[3, 4]]
+    """
+    if isinstance(logits_to_keep, int):
+        if not 0 < logits_to_keep < length:
+            return None
+        return jnp.broadcast_to(jnp.arange(length - logits_to_keep, length), (rows, logits_to_keep))
+    positions = jnp.asarray(logits_to_keep)
+    if positions.shape != (rows,):
+        raise ConfigError(f"logits_to_keep: expected one position for each of {rows} rows")
+    return positions[:, None]
+
+
 class OutputKernel(nn.Module):
     """The kernel [D, V] of the output product."""
 
@@ -190,6 +217,7 @@ class Decoder(nn.Module):
         key: Array | None = None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        logits_to_keep: int | Array = 0,
     ) -> DecoderOutput:
         """Run the layers.
 
@@ -201,6 +229,8 @@ class Decoder(nn.Module):
             cache: the tokens so far.
             key: PRNG key for dropout; None means none.
             output_hidden_states, output_attentions: whether to return them.
+            logits_to_keep: the positions to return, as in `kept_positions`. Of others the last layer makes
+                keys and values alone, which is all that the cache needs.
         """
         batch, length = self._check(inputs_embeds, attention_mask, position_ids, segment_ids, cache)
         window = self.config.sliding_window
@@ -221,14 +251,17 @@ class Decoder(nn.Module):
             rope = rope_tables(self.config.rope, position_ids, segment_ids)
         else:
             x = x + self.embed_positions(position_ids + self.config.position_offset)
-        keep = (output_hidden_states, output_attentions)
-        x, kept, cache = self._run(x, masks, rope, cache, key, keep)
+        wanted = (output_hidden_states, output_attentions)
+        keep = kept_positions(logits_to_keep, batch, length)
+        # What is asked for of every layer is whole, and so are dropout's masks.
+        early = keep if key is None and not any(wanted) else None
+        x, kept, cache = self._run(x, masks, rope, cache, key, wanted, early)
         if self.config.final_norm:
             x = self.norm(x)
         if self.config.embedding_width != self.config.hidden_size:
             x = self.project_out(x)
         return DecoderOutput(
-            last_hidden_state=x,
+            last_hidden_state=x if early is not None else take_positions(x, keep, 1),
             hidden_states=(*(states for states, _ in kept), x) if output_hidden_states else None,
             attentions=tuple(weights for _, weights in kept) if output_attentions else None,
             cache=cache,
@@ -261,9 +294,16 @@ class Decoder(nn.Module):
         return batch, length
 
     def _run(
-        self, x: Array, masks: tuple[Array, Array], rope: Any, cache: KVCache | None, key: Any, keep: Any
+        self,
+        x: Array,
+        masks: tuple[Array, Array],
+        rope: Any,
+        cache: KVCache | None,
+        key: Any,
+        wanted: tuple[bool, bool],
+        keep: Array | None,
     ) -> tuple[Array, list[Any], KVCache | None]:
-        """The layers in turn: the last x, (hidden states, weights) of each, and the cache."""
+        """The layers in turn: the last x of the positions to keep, what is wanted of each, and the cache."""
         config, depth = self.config, len(self.layers)
         full, sliding = masks
         slides = [config.slides(i) for i in range(depth)]
@@ -278,19 +318,25 @@ class Decoder(nn.Module):
         keys = [None] * depth if key is None else list(jax.random.split(key, depth))
         slots = [None] * depth if cache is None else list(zip(cache.keys, cache.values, strict=True))
         flags = [jnp.asarray(value) for value in slides]
-        layers = list(zip(params, keys, flags, slots, strict=True))
+        keeps = [None] * (depth - 1) + [keep]
+        layers = list(zip(params, keys, flags, slots, keeps, strict=True))
         results: list[Any] = []
+        length = x.shape[1]
+
         # Layers with experts have other parameters: each run of equal layers is a loop of its own.
-        for has_experts, group in itertools.groupby(range(depth), self.has_experts):
+        def kind(i: int) -> tuple[bool, bool]:
+            return self.has_experts(i), keeps[i] is not None
+
+        for (has_experts, _), group in itertools.groupby(range(depth), kind):
             part = [layers[i] for i in group]
-            run = _DecoderRun(config, self.execution, has_experts, *keep)
+            run = _DecoderRun(config, self.execution, has_experts, *wanted)
             x, extras = run_layers(run, x, shared, part, self.execution)
             results += extras
         if cache is not None:
             cache = cache.replace(  # type: ignore[attr-defined]
                 keys=tuple(new[0] for _, new in results),
                 values=tuple(new[1] for _, new in results),
-                cursor=cache.cursor + x.shape[1],
+                cursor=cache.cursor + length,
             )
         return x, [kept for kept, _ in results], cache
 
@@ -305,13 +351,15 @@ class _DecoderRun:
     hidden_states: bool
     attentions: bool
 
-    def __call__(self, x: Array, shared: Any, params: Any, key: Any, slides: Array, cached: Any) -> Any:
+    def __call__(
+        self, x: Array, shared: Any, params: Any, key: Any, slides: Array, cached: Any, keep: Array | None
+    ) -> Any:
         mask, rope, cursor = shared
         if isinstance(mask, tuple):
             full, sliding = mask
             mask = jnp.where(slides, sliding, full)
         layer = DecoderLayer(self.config, self.execution, self.has_experts, parent=None)
-        out: Any = layer.apply({"params": params}, x, mask, rope, cached, cursor, key)
+        out: Any = layer.apply({"params": params}, x, mask, rope, cached, cursor, key, keep)
         y, weights, cached = out
         return y, ((x if self.hidden_states else None, weights if self.attentions else None), cached)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from mmjax.language.config import DecoderConfig
 from mmjax.nn import (
@@ -37,6 +38,26 @@ def make_norm(config: DecoderConfig, name: str) -> nn.Module:
     return LayerNorm(config.norm_eps, config.norm_affine, name=name)
 
 
+def take_positions(x: Array, positions: Array | None, axis: int) -> Array:
+    """Some of each row's positions.
+
+    Args:
+        x: [B or 1, ..., T, ...].
+        positions: int [B, T'], or None for all.
+        axis: T's.
+
+    Returns:
+        [B, ..., T', ...].
+
+    >>> take_positions(jnp.array([[3, 1, 4], [1, 5, 9]]), jnp.array([[2], [0]]), 1).tolist()
+    [[4], [1]]
+    """
+    if positions is None:
+        return x
+    others = [i for i in range(1, x.ndim) if i != axis]
+    return jnp.take_along_axis(x, jnp.expand_dims(positions, others), axis)
+
+
 class DecoderAttention(nn.Module):
     """Grouped-query attention with rotary positions and a cache."""
 
@@ -52,6 +73,7 @@ class DecoderAttention(nn.Module):
         cached: LayerCache | None,
         cursor: Array | None,
         key: Array | None,
+        keep: Array | None = None,
     ) -> tuple[Array, Array, LayerCache | None]:
         """Attend.
 
@@ -62,9 +84,10 @@ class DecoderAttention(nn.Module):
             cached: keys and values so far; the new ones are written at `cursor`.
             cursor: int32 [].
             key: PRNG key for dropout on the weights; None means none.
+            keep: int [B, T'], the positions that attend; None means all, T' = T. All have keys and values.
 
         Returns:
-            [B, T, D], the weights [B, N, T, S], and the cache with the new tokens.
+            [B, T', D], the weights [B, N, T', S], and the cache with the new tokens.
         """
         config = self.config
         heads, kv_heads, width = config.num_attention_heads, config.kv_heads, config.head_size
@@ -74,14 +97,20 @@ class DecoderAttention(nn.Module):
             return Dense(size, axes, bias, init, self.execution, name=name)(source)
 
         inward: LogicalAxes = ("embed", "heads")
+        asking = take_positions(x, keep, 1)
         query, keys, values = (
-            split_heads(project(x, name, count * width, inward, config.qkv_bias), count)
-            for name, count in (("q_proj", heads), ("k_proj", kv_heads), ("v_proj", kv_heads))
+            split_heads(project(source, name, count * width, inward, config.qkv_bias), count)
+            for source, name, count in (
+                (asking, "q_proj", heads),
+                (x, "k_proj", kv_heads),
+                (x, "v_proj", kv_heads),
+            )
         )
         if config.qk_norm:
             query, keys = make_norm(config, "q_norm")(query), make_norm(config, "k_norm")(keys)
         if rope is not None:
-            query, keys = apply_rope(query, *rope), apply_rope(keys, *rope)
+            query = apply_rope(query, *(take_positions(table, keep, 1) for table in rope))
+            keys = apply_rope(keys, *rope)
         if cached is not None and cursor is not None:
             cached = (write_slots(cached[0], keys, cursor), write_slots(cached[1], values, cursor))
             keys, values = (part.astype(query.dtype) for part in cached)
@@ -89,7 +118,7 @@ class DecoderAttention(nn.Module):
             query,
             keys,
             values,
-            mask,
+            take_positions(mask, keep, 2),
             scale=(config.query_scale or width) ** -0.5,
             softcap=config.attention_softcap,
             dropout_rate=config.attention_dropout,
@@ -116,17 +145,21 @@ class DecoderLayer(nn.Module):
         cached: LayerCache | None = None,
         cursor: Array | None = None,
         key: Array | None = None,
+        keep: Array | None = None,
     ) -> tuple[Array, Array, LayerCache | None]:
-        """[B, T, D] to [B, T, D], the attention weights [B, N, T, S], and the layer's cache."""
+        """[B, T, D] to [B, T', D], the attention weights [B, N, T', S], and the layer's cache.
+
+        With `keep` it is computed for some positions only, as in `DecoderAttention`; its cache is whole.
+        """
         config = self.config
         keys: Any = (None, None, None) if key is None else jax.random.split(key, 3)
         order = config.norm_order
         attend = DecoderAttention(config, self.execution, name="self_attn")
 
         y = make_norm(config, "input_layernorm")(x) if order != "post" else x
-        y, weights, cached = attend(y, mask, rope, cached, cursor, keys[0])
+        y, weights, cached = attend(y, mask, rope, cached, cursor, keys[0], keep)
         y = make_norm(config, "post_attention_layernorm")(y) if order == "both" else y
-        x = x + dropout(y, config.hidden_dropout, keys[1])
+        x = take_positions(x, keep, 1) + dropout(y, config.hidden_dropout, keys[1])
         x = make_norm(config, "input_layernorm")(x) if order == "post" else x
 
         inner = "pre_feedforward_layernorm" if order == "both" else "post_attention_layernorm"

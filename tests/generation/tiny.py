@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.language import DecoderConfig
+from mmjax.language.decoder import kept_positions
+from mmjax.language.decoder_layers import take_positions
 from mmjax.models import CausalLM
 from mmjax.models.assemblies import Model
 from mmjax.models.causal_lm import CausalLMOutput
-from mmjax.models.causal_lm.model import kept_positions
 from mmjax.nn import KVCache, claim_slots, init_cache
 from mmjax.nn.rope import DynamicScaling, LongRopeScaling
 from tests.tiny import random_params
@@ -61,7 +62,8 @@ class Table(Model):
         mask = jnp.ones(input_ids.shape, bool) if attention_mask is None else attention_mask != 0
         cache, _ = claim_slots(cache, mask)
         cache = cache.replace(cursor=cache.cursor + input_ids.shape[1])
-        return CausalLMOutput(logits=kept_positions(table[input_ids], logits_to_keep), cache=cache)
+        positions = kept_positions(logits_to_keep, *input_ids.shape)
+        return CausalLMOutput(logits=take_positions(table[input_ids], positions, 1), cache=cache)
 
 
 def table(rows: Any) -> tuple[Table, dict[str, Any]]:

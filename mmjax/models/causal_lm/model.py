@@ -21,9 +21,9 @@ class CausalLMOutput(ModelOutput):
     """What a causal language model returns.
 
     Attributes:
-        logits: [B, T, V], at least float32.
-        last_hidden_state: [B, T, D], after the last norm.
-        hidden_states: the input of every layer, then last_hidden_state, on request.
+        logits: [B, T', V], at least float32; T' = T, or as `logits_to_keep` says.
+        last_hidden_state: [B, T', D], after the last norm, of the positions that have logits.
+        hidden_states: the input of every layer, then what comes after the last norm, [B, T, D], on request.
         attentions: one array [B, N, T, S] per layer, on request.
         cache: with the new tokens, where one was given.
     """
@@ -122,7 +122,7 @@ class CausalLM(Model):
         return self.model(inputs_embeds, attention_mask, position_ids, segment_ids, cache, key=key, **options)
 
     def hidden(self, *arguments: Any, **options: Any) -> tuple[Array, KVCache | None]:
-        """What the logits are made of, [B, T, D], and the cache; arguments as in `__call__`."""
+        """What the logits are made of, [B, T', D], and the cache; arguments as in `__call__`."""
         out = self.decode(*arguments, **options)
         return out.last_hidden_state, out.cache
 
@@ -151,7 +151,8 @@ class CausalLM(Model):
             cache: the tokens so far (see `init_cache`); the new ones are added to the one that comes back.
             deterministic: False applies dropout with the "dropout" key.
             output_hidden_states, output_attentions: return them too.
-            logits_to_keep: 0 for all positions, n for the last n, or one position per row, int [B].
+            logits_to_keep: 0 for all positions, n for the last n, or one position per row, int [B]. Less of
+                the last layer is computed for few, unless hidden states or attentions are to be returned.
 
         Raises:
             ConfigError: inputs that do not fit each other, the model, or the cache.
@@ -166,32 +167,12 @@ class CausalLM(Model):
             deterministic,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            logits_to_keep=logits_to_keep,
         )
         return CausalLMOutput(
-            logits=self.logits(kept_positions(out.last_hidden_state, logits_to_keep)),
+            logits=self.logits(out.last_hidden_state),
             last_hidden_state=out.last_hidden_state,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
             cache=out.cache,
         )
-
-
-def kept_positions(hidden: Array, logits_to_keep: int | Array) -> Array:
-    """The hidden states whose logits are asked for.
-
-    Args:
-        hidden: [B, T, D].
-        logits_to_keep: 0 for all, n for the last n, or one position per row, int [B].
-
-    Returns:
-        [B, T', D].
-
-    >>> kept_positions(jnp.zeros((2, 5, 3)), 1).shape
-    (2, 1, 3)
-    """
-    if isinstance(logits_to_keep, int):
-        return hidden[:, hidden.shape[1] - logits_to_keep :] if logits_to_keep else hidden
-    positions = jnp.asarray(logits_to_keep)
-    if positions.shape != hidden.shape[:1]:
-        raise ConfigError(f"logits_to_keep: expected one position for each of {hidden.shape[0]} rows")
-    return jnp.take_along_axis(hidden, positions[:, None, None], axis=1)

@@ -13,7 +13,7 @@ from mmjax.connectors import Projector
 from mmjax.errors import ConfigError, DataError
 from mmjax.language.decoder import DecoderOutput
 from mmjax.models.assemblies import Model
-from mmjax.models.causal_lm.model import CausalLM, CausalLMOutput, kept_positions
+from mmjax.models.causal_lm.model import CausalLM, CausalLMOutput
 from mmjax.models.llava.config import LlavaConfig
 from mmjax.models.llava.layout import index_of_batch, layout_arrays
 from mmjax.nn import KVCache, param
@@ -215,6 +215,7 @@ class Llava(Model):
         deterministic: bool = True,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
+        logits_to_keep: int | Array = 0,
         **images: Any,
     ) -> tuple[DecoderOutput, Array | None]:
         """Everything but the logits, and the projected features; arguments as in `__call__`."""
@@ -229,6 +230,7 @@ class Llava(Model):
             deterministic=deterministic,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            logits_to_keep=logits_to_keep,
         )
         return out, seen
 
@@ -240,7 +242,7 @@ class Llava(Model):
         return jnp.concatenate(rows)
 
     def hidden(self, *arguments: Any, **options: Any) -> tuple[Array, KVCache | None]:
-        """What the logits are made of, [B, T, D], and the cache; arguments as in `__call__`."""
+        """What the logits are made of, [B, T', D], and the cache; arguments as in `__call__`."""
         out, _ = self.decode(*arguments, **options)
         return out.last_hidden_state, out.cache
 
@@ -300,9 +302,10 @@ class Llava(Model):
             deterministic=deterministic,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            logits_to_keep=logits_to_keep,
         )
         return LlavaOutput(
-            logits=self.logits(kept_positions(out.last_hidden_state, logits_to_keep)),
+            logits=self.logits(out.last_hidden_state),
             last_hidden_state=out.last_hidden_state,
             hidden_states=out.hidden_states,
             attentions=out.attentions,
