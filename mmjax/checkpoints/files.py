@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -18,9 +22,27 @@ INDEX = "model.safetensors.index.json"
 # What LLaVA's original repository calls a bridge by itself.
 _BRIDGES = ("mm_projector.bin", "mm_projector.safetensors")
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
-_DTYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
-# A map that more than this was read from is made anew.
-_MAPPED_BYTES = 32 << 20
+_DTYPES = MappingProxyType(
+    {
+        "F64": np.dtype(np.float64),
+        "F32": np.dtype(np.float32),
+        "F16": np.dtype(np.float16),
+        "BF16": np.dtype(ml_dtypes.bfloat16),
+        "I64": np.dtype(np.int64),
+        "I32": np.dtype(np.int32),
+        "I16": np.dtype(np.int16),
+        "I8": np.dtype(np.int8),
+        "U64": np.dtype(np.uint64),
+        "U32": np.dtype(np.uint32),
+        "U16": np.dtype(np.uint16),
+        "U8": np.dtype(np.uint8),
+        "BOOL": np.dtype(np.bool_),
+    }
+)
+# Tensors are read in pieces, several at a time: one reader does not take all that a disk or a cache can give.
+_PIECE_BYTES, _READERS = 4 << 20, 4
+# What XLA asks of an array's first byte on CPU.
+_ALIGNMENT = 64
 
 # Published configs nest about five deep. Deeper ones parse, but exhaust the stack when they are written.
 _MAX_DEPTH = 64
@@ -119,38 +141,56 @@ def _indexed_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-class _MappedFile:
-    """One safetensors file, mapped anew now and then: pages that were read stay in memory until then."""
+class _TensorFile:
+    """One safetensors file: what is in it, as the library finds it to be, and where."""
 
-    def __init__(self, path: Path, stack: ExitStack) -> None:
-        self.path = path
-        self._open()
-        stack.callback(self.close)
-
-    def _open(self) -> None:
-        self._taken = 0
+    def __init__(self, path: Path, pool: Executor) -> None:
+        self.path, self._pool = path, pool
         try:
-            self.handle = safe_open(self.path, framework="np").__enter__()
+            with safe_open(path, framework="np") as handle:
+                # In the order of their bytes, between which there is nothing.
+                slices = {name: handle.get_slice(name) for name in handle.offset_keys()}
+                self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+                self.dtypes = {name: part.get_dtype() for name, part in slices.items()}
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(
                 f"{self.path}: not a whole safetensors file ({error}); download it again"
             ) from None
+        for name, dtype in self.dtypes.items():
+            if dtype not in _DTYPES:
+                raise CheckpointError(f"{path}: tensor {name} has dtype {dtype}, which is not read")
+        sizes = [math.prod(self.shapes[name]) * _DTYPES[self.dtypes[name]].itemsize for name in self.shapes]
+        ends = np.cumsum(sizes, dtype=np.int64) - sum(sizes) + path.stat().st_size
+        self._begins = {name: int(end) - size for name, end, size in zip(slices, ends, sizes, strict=True)}
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, as stored."""
-        try:
-            tensor = self.handle.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.path}: tensor {name} cannot be read ({error})") from None
-        self._taken += tensor.nbytes
-        if self._taken > _MAPPED_BYTES:
-            self.close()
-            self._open()
-        return tensor
+        """One tensor, as stored, in memory that jax takes over as it is."""
+        shape, dtype = self.shapes[name], _DTYPES[self.dtypes[name]]
+        values = _aligned(math.prod(shape) * dtype.itemsize)
+        begin = self._begins[name]
 
-    def close(self) -> None:
-        """Take the map away."""
-        self.handle.__exit__(None, None, None)
+        def fill(start: int) -> None:
+            part = values[start : start + _PIECE_BYTES].data
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(begin + start)
+                while part:
+                    count = file.readinto(part)
+                    if not count:
+                        raise OSError("it ended early")
+                    part = part[count:]
+
+        try:
+            list(self._pool.map(fill, range(0, len(values), _PIECE_BYTES)))
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: tensor {name} cannot be read ({error})") from None
+        return values.view(dtype).reshape(shape)
+
+
+def _aligned(size: int) -> np.ndarray:
+    """So many bytes, which begin where jax wants arrays to begin: else it copies them."""
+    room = np.empty(size + _ALIGNMENT, np.uint8)
+    begin = -room.ctypes.data % _ALIGNMENT
+    return room[begin : begin + size]
 
 
 class TensorReader:
@@ -160,25 +200,20 @@ class TensorReader:
     """
 
     def __init__(self, files: list[Path], stack: ExitStack) -> None:
-        self._owner: dict[str, _MappedFile] = {}
+        self._owner: dict[str, _TensorFile] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
+        pool = stack.enter_context(ThreadPoolExecutor(_READERS))
         for path in files:
-            self._add(_MappedFile(path, stack))
+            self._add(_TensorFile(path, pool))
 
-    def _add(self, file: _MappedFile) -> None:
-        path, handle = file.path, file.handle
-        for name in handle.keys():  # noqa: SIM118 (a safe_open is no mapping)
+    def _add(self, file: _TensorFile) -> None:
+        for name in file.shapes:
             if name in self._owner:
-                raise CheckpointError(f"{path}: tensor {name} is also in {self._owner[name].path.name}")
-            part = handle.get_slice(name)
-            if part.get_dtype() not in _DTYPES:
-                raise CheckpointError(
-                    f"{path}: tensor {name} has dtype {part.get_dtype()}, which is not read"
-                )
+                raise CheckpointError(f"{file.path}: tensor {name} is also in {self._owner[name].path.name}")
             self._owner[name] = file
-            self.shapes[name] = tuple(part.get_shape())
-            self.dtypes[name] = part.get_dtype()
+        self.shapes |= file.shapes
+        self.dtypes |= file.dtypes
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, as stored."""

@@ -108,12 +108,13 @@ def _place(piece: np.ndarray, spec: ParamSpec, dtype: str | None, mesh: Mesh | N
     """One array on its device(s); every device gets a copy of its own part only, one after another."""
     target = jnp.dtype(dtype) if dtype is not None else piece.dtype
     if mesh is None:
-        there, axes = _put(piece, None, target)
-        del piece  # nobody else has it: the host's copy goes before the device makes its own
+        there, axes = _put(piece, None, target, alias=True)
+        del piece  # nobody else has it: where the device needs memory of its own, the host's goes now
         return _arranged(there, axes, target)
     sharding = NamedSharding(mesh, partition_spec(spec.axes, spec.shape, mesh))
     parts = sharding.addressable_devices_indices_map(piece.shape).items()
-    arrays = [_arranged(*_put(piece[index], device, target), target) for device, index in parts]
+    # Other processes' parts would stay with what is part of the whole.
+    arrays = [_arranged(*_put(piece[index], device, target, alias=False), target) for device, index in parts]
     return jax.make_array_from_single_device_arrays(piece.shape, sharding, arrays, dtype=target)
 
 
@@ -125,17 +126,17 @@ def _place_transposed(
     return TransposedKernel(_place(piece.T, turned, dtype, mesh))
 
 
-def _put(piece: np.ndarray, device: Any, dtype: Any) -> tuple[jax.Array, tuple[int, ...]]:
+def _put(piece: np.ndarray, device: Any, dtype: Any, *, alias: bool) -> tuple[jax.Array, tuple[int, ...]]:
     """A piece on a device as it lies in memory, and the order of axes that makes it the piece again.
 
-    numpy takes seconds to transpose what a device transposes in no time.
+    numpy takes seconds to transpose what a device transposes in no time. On a CPU the host's own memory will
+    do for what is arranged afterwards, and with `alias` for what stays as it is, too.
     """
     order = sorted(range(piece.ndim), key=lambda axis: -piece.strides[axis])
     axes = tuple(order.index(axis) for axis in range(piece.ndim))
     # Not ascontiguousarray: that makes a scalar an array of one entry.
     laid = np.asarray(piece.transpose(order), order="C")
-    # On a CPU the host's own memory will do for what is arranged, but not for what stays as it is.
-    there = jax.device_put(laid, device, may_alias=_changes(laid, axes, dtype))
+    there = jax.device_put(laid, device, may_alias=alias or _changes(laid, axes, dtype))
     return there.block_until_ready(), axes
 
 
