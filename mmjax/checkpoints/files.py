@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -160,8 +161,8 @@ class _TensorFile:
             if dtype not in _DTYPES:
                 raise CheckpointError(f"{path}: tensor {name} has dtype {dtype}, which is not read")
         sizes = [math.prod(self.shapes[name]) * _DTYPES[self.dtypes[name]].itemsize for name in self.shapes]
-        ends = np.cumsum(sizes, dtype=np.int64) - sum(sizes) + path.stat().st_size
-        self._begins = {name: int(end) - size for name, end, size in zip(slices, ends, sizes, strict=True)}
+        begins = itertools.accumulate(sizes, initial=path.stat().st_size - sum(sizes))
+        self._begins = dict(zip(self.shapes, begins, strict=False))
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, as stored, in memory that jax takes over as it is."""

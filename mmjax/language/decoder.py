@@ -254,7 +254,7 @@ class Decoder(nn.Module):
         wanted = (output_hidden_states, output_attentions)
         keep = kept_positions(logits_to_keep, batch, length)
         # What is asked for of every layer is whole, and so are dropout's masks.
-        early = keep if key is None and not any(wanted) else None
+        early = None if key is not None or any(wanted) or self.is_initializing() else keep
         x, kept, cache = self._run(x, masks, rope, cache, key, wanted, early)
         if self.config.final_norm:
             x = self.norm(x)
