@@ -15,15 +15,15 @@ KINDS = ("color", "shape", "size", "place", "count", "relation", "word", "digit"
 _ASK_COUNT = (0.5, 0.5, 0.8, 1.0)
 # Weights of the kinds that have an answer, where a question is asked alone: more for what is learned later.
 _SHARES = {
-    "color": 2,
-    "shape": 3,
+    "color": 1,
+    "shape": 2,
     "size": 1,
     "place": 4,
-    "count": 8,
-    "relation": 8,
-    "word": 3,
+    "count": 9,
+    "relation": 7,
+    "word": 2,
     "digit": 2,
-    "presence": 6,
+    "presence": 10,
 }
 # What a question is about comes last: a small model then has less far to look back for it.
 _PHRASES = {
@@ -63,8 +63,8 @@ def scene_questions(scene: Scene, draw: int = 0) -> tuple[Question, ...]:
     """One question of each kind that the scene has an answer to, in an order that is drawn.
 
     Over many scenes the answers to a question are about equally frequent, whatever its words: who does not
-    see the picture can only guess. "presence" asks whether something is there, and for every second scene
-    it is not, though most often its colour and its shape are, each on another thing.
+    see the picture can only guess. "presence" asks whether something is there, and half of the time it is
+    not, though most often its colour and its shape are, each on another thing.
 
     Args:
         scene: what they are about.
@@ -245,8 +245,11 @@ def _written(scene: Scene, sort: Sort, dice: Dice) -> Question | None:
 
 
 def _presence(scene: Scene, dice: Dice) -> Question:
-    """To be answered with yes for even numbers and with no for odd ones, whatever is asked for."""
-    yes = scene.number % 2 == 0
+    """To be answered with yes or no as a coin falls, whatever is asked for: another question, another coin.
+
+    Were it the scene's own, a model could learn the pictures' answers in place of looking.
+    """
+    yes = dice.chance(0.5)
     answer = "yes" if yes else "no"
     form = dice.below(8)
     sorts: tuple[Sort, ...] = ("digit", "word")

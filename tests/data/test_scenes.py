@@ -182,13 +182,16 @@ def answer(scene, question):
 
 def test_what_is_not_seen_cannot_be_guessed():
     asked = [question for scene in TRAIN for question in scene_questions(scene)]
-    guess = blind_guesses(asked)
+    guess, met = blind_guesses(asked), {question.text for question in asked}
     fresh = [q for number in range(2000, 3000) for q in scene_questions(make_scene(number))]
     unseen = [q for scene in TEST for q in scene_questions(scene)]
     for some in (fresh, unseen):
         right = collections.defaultdict(list)
         for question in some:
-            right[question.kind].append(guess(question) == question.answer)
+            # Of pairs that training never shows, test scenes have most that they ask for: "yes" is right then,
+            # but no answer that was met tells so.
+            if question.kind != "presence" or question.text in met:
+                right[question.kind].append(guess(question) == question.answer)
         shares = {kind: np.mean(values) for kind, values in right.items()}
         for kind in ("size", "relation", "presence"):
             assert shares.pop(kind) < 0.57
@@ -197,14 +200,24 @@ def test_what_is_not_seen_cannot_be_guessed():
         assert np.mean(sum(right.values(), [])) < 0.32
 
 
-def test_presence_is_yes_for_exactly_half_and_for_every_form_of_the_question():
+def test_presence_is_yes_for_half_and_for_every_form_of_the_question():
     asked = [q for scene in TRAIN for q in scene_questions(scene) if q.kind == "presence"]
     assert len(asked) == len(TRAIN)
-    assert sum(question.answer == "yes" for question in asked) == len(TRAIN) // 2
+    assert 0.45 < np.mean([question.answer == "yes" for question in asked]) < 0.55
     assert all(bool(question.boxes) == (question.answer == "yes") for question in asked)
     for form in ("a digit", "a word", " (red|blue|cyan) ", " (circle|square|ring)"):
         answers = [question.answer for question in asked if re.search(form, question.text)]
         assert len(answers) > 60 and 0.37 < np.mean([answer == "yes" for answer in answers]) < 0.63
+
+
+def test_presence_is_not_the_pictures_own_answer():
+    """Nor does one answer tell another's: who has learned them by the picture is right half of the time."""
+    draws = [[_presence_answer(scene, draw) for draw in (0, 1)] for scene in TRAIN]
+    assert 0.45 < np.mean([first == second for first, second in draws]) < 0.55
+
+
+def _presence_answer(scene, draw):
+    return next(q.answer for q in scene_questions(scene, draw) if q.kind == "presence")
 
 
 def test_absent_things_are_often_made_of_what_is_there():
