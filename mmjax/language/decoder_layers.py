@@ -6,9 +6,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from mmjax.language.config import DecoderConfig
+from mmjax.language.positions import take_positions
 from mmjax.nn import (
     Dense,
     Execution,
@@ -36,26 +36,6 @@ def make_norm(config: DecoderConfig, name: str) -> nn.Module:
     if config.norm == "rms":
         return RMSNorm(config.norm_eps, config.norm_offset, name=name)
     return LayerNorm(config.norm_eps, config.norm_affine, name=name)
-
-
-def take_positions(x: Array, positions: Array | None, axis: int) -> Array:
-    """Some of each row's positions.
-
-    Args:
-        x: [B or 1, ..., T, ...].
-        positions: int [B, T'], or None for all.
-        axis: T's.
-
-    Returns:
-        [B, ..., T', ...].
-
-    >>> take_positions(jnp.array([[3, 1, 4], [1, 5, 9]]), jnp.array([[2], [0]]), 1).tolist()
-    [[4], [1]]
-    """
-    if positions is None:
-        return x
-    others = [i for i in range(1, x.ndim) if i != axis]
-    return jnp.take_along_axis(x, jnp.expand_dims(positions, others), axis)
 
 
 class DecoderAttention(nn.Module):

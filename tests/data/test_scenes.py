@@ -188,8 +188,8 @@ def test_what_is_not_seen_cannot_be_guessed():
     for some in (fresh, unseen):
         right = collections.defaultdict(list)
         for question in some:
-            # Of pairs that training never shows, test scenes have most that they ask for: "yes" is right then,
-            # but no answer that was met tells so.
+            # Of pairs that training never shows, test scenes have most that they ask for: "yes" is right
+            # then, but no answer that was met tells so.
             if question.kind != "presence" or question.text in met:
                 right[question.kind].append(guess(question) == question.answer)
         shares = {kind: np.mean(values) for kind, values in right.items()}

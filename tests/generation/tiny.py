@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.language import DecoderConfig
-from mmjax.language.decoder import kept_positions
-from mmjax.language.decoder_layers import take_positions
+from mmjax.language.positions import kept_positions, take_positions
 from mmjax.models import CausalLM
 from mmjax.models.assemblies import Model
 from mmjax.models.causal_lm import CausalLMOutput
