@@ -31,7 +31,9 @@ class DataConfig:
         crop_ratio: smallest and largest width to height of that crop.
         flip: mirror half of the training images.
         max_fault_share: largest share of broken samples that a run accepts, 0 to 1.
-        num_threads: threads that read and decode; 0: none. Batches do not depend on it.
+        num_threads: threads that read and decode; 0: none, and nothing is read ahead. Batches do not depend
+            on it. Several are for files; where samples lie in memory or are drawn, they only wait for one
+            another, and the default is one.
         prefetch_batches: batches read ahead by them.
     """
 

@@ -44,6 +44,7 @@ class DigitsData(DataConfig):
     """
 
     templates: tuple[str, ...] = DIGIT_TEMPLATES
+    num_threads: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -145,11 +145,13 @@ def read_ahead(
     """
     local, last = batches.local_batch_size, sys.maxsize // batches.batch_size
     rows = grain.MapDataset.range(first_batch * local, last * local).map(load)
-    threads = batches.num_threads
-    ahead = max(batches.prefetch_batches * local, threads) if threads else 0
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+    threads, ahead = batches.num_threads, batches.prefetch_batches
+    # To hand over a row costs what drawing a small one does: a thread that is alone makes whole batches.
+    several = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(ahead * local, threads))
+    options = several if threads > 1 else grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     made = rows.to_iter_dataset(options).batch(local, drop_remainder=True, batch_fn=collate)
-    return grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=min(threads, 1))
+    whole = ahead if threads == 1 else min(threads, 1)
+    return grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=whole)
 
 
 class _Reader:

@@ -61,6 +61,7 @@ class ScenesData(DataConfig):
     num_test: int = 500
     image_size: int = 48
     content_seed: int = 0
+    num_threads: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -42,6 +42,7 @@ class SceneDialogueData(InstructionData):
     image_size: int = 48
     content_seed: int = 0
     sequence_length: int = 160
+    num_threads: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()

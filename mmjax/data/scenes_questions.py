@@ -20,7 +20,7 @@ _SHARES = {
     "size": 1,
     "place": 4,
     "count": 9,
-    "relation": 7,
+    "relation": 8,
     "word": 2,
     "digit": 2,
     "presence": 10,

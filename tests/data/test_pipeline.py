@@ -84,8 +84,9 @@ def test_resuming_anywhere_continues_bitwise():
         assert_batches_equal(take(resumed, 9 - place), batches[place:])
 
 
-def test_threads_do_not_change_batches_or_states():
-    plain, threaded = iter(build(augmented(0))), iter(build(augmented(8)))
+@pytest.mark.parametrize("threads", [1, 8])
+def test_threads_do_not_change_batches_or_states(threads):
+    plain, threaded = iter(build(augmented(0))), iter(build(augmented(threads)))
     with threaded:
         assert_batches_equal(take(plain, 8), take(threaded, 8))
         assert plain.get_state() == threaded.get_state()
@@ -95,8 +96,9 @@ def test_threads_do_not_change_batches_or_states():
         assert_batches_equal(take(threaded, 3), expected)
 
 
-def test_a_closed_iterator_goes_on_where_it_was():
-    iterator, expected = iter(build(augmented(2))), take(iter(build(augmented(0))), 4)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_closed_iterator_goes_on_where_it_was(threads):
+    iterator, expected = iter(build(augmented(threads))), take(iter(build(augmented(0))), 4)
     found = take(iterator, 2)
     iterator.close()
     iterator.close()
@@ -109,16 +111,18 @@ def test_a_program_may_end_without_closing():
     code = (
         "from tests.data.test_pipeline import augmented, build\n"
         "iterator = iter(build(augmented(0)))\n"
-        "other = iter(build(augmented(2)))\n"
-        "next(iterator), next(other)\n"
+        "others = [iter(build(augmented(threads))) for threads in (1, 2)]\n"
+        "for each in (iterator, *others):\n"
+        "    next(each)\n"
     )
     root = Path(__file__).parents[2]
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
-def test_an_iterator_left_alone_is_collected():
-    iterator = iter(build(augmented(2)))
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_iterator_left_alone_is_collected(threads):
+    iterator = iter(build(augmented(threads)))
     next(iterator)
     reader, gone = iterator._reader, weakref.ref(iterator)
     del iterator
@@ -221,9 +225,10 @@ def test_broken_samples_are_counted_and_replaced_by_good_ones():
     for place, (wanted, got) in enumerate(zip(planned, ids(batches), strict=True)):
         assert wanted == got or wanted in config.bad, place
     assert_batches_equal(batches, take(iter(build(config, batch_size=5)), 8))
-    threaded = iter(build(dataclasses.replace(config, num_threads=8), batch_size=5))
-    with threaded:
-        assert_batches_equal(batches, take(threaded, 8))
+    for threads in (1, 8):
+        threaded = iter(build(dataclasses.replace(config, num_threads=threads), batch_size=5))
+        with threaded:
+            assert_batches_equal(batches, take(threaded, 8))
 
 
 def test_resuming_keeps_the_counts_of_faults():
@@ -239,7 +244,7 @@ def test_resuming_keeps_the_counts_of_faults():
         resumed.check_faults()
 
 
-@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("threads", [0, 1, 2])
 def test_nothing_but_broken_samples_is_an_error(threads):
     config = BrokenData(num_samples=4, bad=(0, 1, 2, 3), num_threads=threads)
     with (
