@@ -79,7 +79,7 @@ def experiment() -> Experiment:
             Stage(name="instruction", loss=NextToken(), rules=seeing),
         ),
         # With little decay, pairs of a colour and a name that training never shows are said not to be there.
-        train=training(steps=2500, weight_decay=0.3),
+        train=training(steps=2800, weight_decay=0.3),
         evaluate=evaluate,
         preview=draw_preview,
         smoke=(

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from mmjax.data.scenes import COLOR_NAMES, Dice, Scene, Sort, Thing, is_held_out
+from mmjax.data.scenes import COLOR_NAMES, GRID, Dice, Scene, Sort, Thing, is_held_out
 from mmjax.data.scenes_draw import SHAPES, Box
 from mmjax.data.scenes_text import NUMBER_WORDS, at_place, describe, plural, side_by_side, with_article
 
@@ -20,11 +20,12 @@ _SHARES = {
     "size": 1,
     "place": 4,
     "count": 9,
-    "relation": 8,
+    "relation": 9,
     "word": 2,
     "digit": 2,
     "presence": 10,
 }
+_OPPOSITES = {"above": "below", "below": "above", "left": "right", "right": "left"}
 # What a question is about comes last: a small model then has less far to look back for it.
 _PHRASES = {
     "color": ("what color is {}?", "which color has {}?"),
@@ -221,14 +222,21 @@ def _count(scene: Scene, dice: Dice) -> Question | None:
 
 
 def _relation(scene: Scene, dice: Dice) -> Question | None:
-    """Of two shapes to each other, across or up and down."""
+    """Of two shapes to each other, across or up and down.
+
+    A shape at an edge tells the answer alone. Of pairs with one in the middle, that one comes last three times
+    in four: who has learned to look at the last has to look at the first as well.
+    """
     pair = side_by_side(scene, dice)
     if pair is None:
         return None
     one, other, direction = pair
-    choice = "above or below" if direction in ("above", "below") else "left or right of"
-    about = f"the {one.name} {choice} the {other.name}"
-    return _question("relation", dice, about, direction.removesuffix(" of"), one, other)
+    answer = direction.removesuffix(" of")
+    upright = answer in ("above", "below")
+    if (one.row if upright else one.column) == GRID // 2 and dice.chance(0.5):
+        one, other, answer = other, one, _OPPOSITES[answer]
+    choice = "above or below" if upright else "left or right of"
+    return _question("relation", dice, f"the {one.name} {choice} the {other.name}", answer, one, other)
 
 
 def _word(scene: Scene, dice: Dice) -> Question | None:
