@@ -220,6 +220,10 @@ class TensorReader:
         """One tensor, as stored."""
         return self._owner[name].read(name)
 
+    def dtype(self, name: str) -> np.dtype:
+        """What `read` gives."""
+        return _DTYPES[self.dtypes[name]]
+
     def file_of(self, name: str) -> Path:
         """The file a tensor is in."""
         return self._owner[name].path

@@ -67,11 +67,46 @@ def load_params(
     for targets, group in itertools.groupby(links, key=lambda entry: entry.targets):
         pieces = _read(list(group), reader)
         for target in targets:
-            turned = transposed and len(flat[target].shape) == 2 and re.fullmatch(transposed, target)
-            place = _place_transposed if turned else _place
+            place = _place_transposed if _is_turned(target, flat[target], transposed) else _place
             # Nothing here keeps a host copy while the next tensor is read.
             params[target] = place(pieces.pop(0), flat[target], dtype, mesh)
     return unflatten_dict(params, sep="/")
+
+
+def param_shapes(
+    reader: TensorReader,
+    rules: KeyRules,
+    specs: Mapping[str, Any],
+    *,
+    dtype: str | None = None,
+    where: str = "",
+    transposed: str | None = None,
+) -> dict[str, Any]:
+    """What `load_params` will give, as `jax.ShapeDtypeStruct`s; no tensor is read.
+
+    Args:
+        reader, rules, specs, dtype, where, transposed: as there.
+
+    Raises:
+        CheckpointError: as there.
+    """
+    flat: dict[str, ParamSpec] = flatten_dict(dict(specs), sep="/")
+    links = link(rules, reader.shapes, flat, where)
+    _check_dtypes(reader, [entry.source for entry in links], dtype)
+    params: dict[str, Any] = {}
+    for entry in links:
+        kind = jnp.dtype(dtype) if dtype is not None else reader.dtype(entry.source)
+        for target in entry.targets:
+            shape = flat[target].shape
+            if _is_turned(target, flat[target], transposed):
+                params[target] = TransposedKernel(jax.ShapeDtypeStruct(shape[::-1], kind))  # type: ignore[arg-type]
+            else:
+                params[target] = jax.ShapeDtypeStruct(shape, kind)
+    return unflatten_dict(params, sep="/")
+
+
+def _is_turned(target: str, spec: ParamSpec, transposed: str | None) -> bool:
+    return transposed is not None and len(spec.shape) == 2 and re.fullmatch(transposed, target) is not None
 
 
 def _read(entries: Sequence[Link], reader: TensorReader) -> list[np.ndarray]:

@@ -14,7 +14,7 @@ from mmjax.commands.generate import (
     add_language_model,
     compilation_cache,
     keep_bytes,
-    open_language_model,
+    language_model,
     opening,
     read_messages,
     sampler_of,
@@ -69,10 +69,12 @@ class Chat:
 
     def __init__(self, options: argparse.Namespace, sampler: Any) -> None:
         self.options, self.sampler = options, sampler
-        self.model, self.params, self.processor, self.stop_ids = open_language_model(options)
-        self.reset()
-        # A folder without a template, and an image that is none, are found out now, not after the first line.
-        self._batch([user_message(".", self.waiting)])
+        with language_model(options) as (folder, self.stop_ids):
+            self.model, self.processor = folder.model, folder.processor
+            self.reset()
+            # A folder without a template, and an image that is none, are found out now, not after a wait.
+            self._batch([user_message(".", self.waiting)])
+            self.params = folder.read()
 
     def reset(self) -> None:
         """Forget what was said."""

@@ -8,6 +8,7 @@ import re
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,32 +78,38 @@ def run(options: argparse.Namespace) -> int:
     if not prompt or (options.image and not prompt.strip()):
         raise UsageError("the prompt is empty (see mmjax generate --help)")
     sampler = sampler_of(options)
-    with compilation_cache(not options.no_compilation_cache):
-        import jax
-
-        from mmjax.generation import stream, stream_text
-
-        model, params, processor, stop_ids = open_language_model(options)
-        tokenizer = processor.tokenizer
-        if options.chat or options.image:
-            batch = read_messages(processor, [*opening(options), user_message(prompt, options.image)])
-        elif hasattr(processor, "encode"):
-            # Who sees counts the places for images, of which there are none here.
-            batch = processor(text=prompt)
-        else:
-            batch = {"input_ids": tokenizer(prompt)["input_ids"]}
-        tokens = stream(
-            model,
-            params,
-            batch,
-            options.max_new_tokens,
-            sampler,
-            jax.random.key(options.seed),
-            stop_ids,
-        )
-        show(stream_text(tokens, tokenizer))
+    with compilation_cache(not options.no_compilation_cache), language_model(options) as (folder, stop_ids):
+        show(_said(options, prompt, sampler, folder, stop_ids))
     print()
     return 0
+
+
+def _said(
+    options: argparse.Namespace, prompt: str, sampler: Any, folder: Any, stop_ids: tuple[int, ...]
+) -> Iterator[str]:
+    """Pieces of text that go on with a prompt; programs are compiled while parameters are read."""
+    import jax
+
+    from mmjax.generation import stream, stream_text
+
+    processor = folder.processor
+    if options.chat or options.image:
+        batch = read_messages(processor, [*opening(options), user_message(prompt, options.image)])
+    elif hasattr(processor, "encode"):
+        # Who sees counts the places for images, of which there are none here.
+        batch = processor(text=prompt)
+    else:
+        batch = {"input_ids": processor.tokenizer(prompt)["input_ids"]}
+    key = jax.random.key(options.seed)
+
+    def begin(params: Any) -> Any:
+        return stream(folder.model, params, batch, options.max_new_tokens, sampler, key, stop_ids)
+
+    with ThreadPoolExecutor(1) as thread:
+        compiled = thread.submit(begin(folder.shapes).compile)
+        params = folder.read()
+        compiled.result()
+    return stream_text(begin(params), processor.tokenizer)
 
 
 def keep_bytes(stream: Any) -> None:
@@ -171,29 +178,30 @@ def sampler_of(options: argparse.Namespace) -> Any:
     return Sampling(**given, repetition_penalty=penalty) if given else Greedy(repetition_penalty=penalty)
 
 
-def open_language_model(options: argparse.Namespace) -> tuple[Any, Any, Any, tuple[int, ...]]:
-    """The model, its parameters, its processor, and the ids that end its texts.
+@contextmanager
+def language_model(options: argparse.Namespace) -> Iterator[tuple[Any, tuple[int, ...]]]:
+    """The folder of a language model, as `mmjax.models.hub.open_folder`, and the ids that end its texts.
 
     Raises:
         CheckpointError, ConfigError: the folder cannot be opened, or is no language model's.
     """
-    import mmjax
     from mmjax.errors import CheckpointError
     from mmjax.generation.prompts import check_model, ending_ids
-    from mmjax.models.hub import find_folder
+    from mmjax.models.hub import find_folder, open_folder
 
-    folder = find_folder(options.model)
-    model, params, processor = mmjax.load(
-        folder, dtype=options.dtype, transpose_kernels=_rather_transposed(folder, options.dtype)
-    )
-    check_model(model)
-    tokenizer = getattr(processor, "tokenizer", None)
-    if tokenizer is None:
-        raise CheckpointError(f"{folder}: no tokenizer.json, so there is no text; add the file to the folder")
-    # Chat models end an answer with other ids than a document, and folders name them in several places.
-    own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    stop_ids = {*ending_ids(model, None), *own, *_ids_in(folder / "generation_config.json")}
-    return model, params, processor, tuple(sorted(stop_ids))
+    path = find_folder(options.model)
+    turned = _rather_transposed(path, options.dtype)
+    with open_folder(path, options.dtype, transpose_kernels=turned) as folder:
+        check_model(folder.model)
+        tokenizer = getattr(folder.processor, "tokenizer", None)
+        if tokenizer is None:
+            raise CheckpointError(
+                f"{path}: no tokenizer.json, so there is no text; add the file to the folder"
+            )
+        # Chat models end an answer with other ids than a document, and folders name them in several places.
+        own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        stop_ids = {*ending_ids(folder.model, None), *own, *_ids_in(path / "generation_config.json")}
+        yield folder, tuple(sorted(stop_ids))
 
 
 def _ids_in(path: Path) -> list[int]:

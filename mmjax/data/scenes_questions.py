@@ -224,8 +224,8 @@ def _count(scene: Scene, dice: Dice) -> Question | None:
 def _relation(scene: Scene, dice: Dice) -> Question | None:
     """Of two shapes to each other, across or up and down.
 
-    A shape at an edge tells the answer alone. Of pairs with one in the middle, that one comes last three times
-    in four: who has learned to look at the last has to look at the first as well.
+    A shape at an edge tells the answer alone. Of pairs with one in the middle, that one comes last three
+    times in four: who has learned to look at the last has to look at the first as well.
     """
     pair = side_by_side(scene, dice)
     if pair is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -105,19 +106,18 @@ def stream(
     if conversation is not None and reused:
         # A longer one stays as long: programs are compiled for its length already.
         length = max(length, conversation.cache.length)
-        cache = rewind(conversation.cache, np.int32(reused), length=length)
+        make_cache = functools.partial(rewind, conversation.cache, np.int32(reused), length=length)
     else:
-        cache = model.init_cache(prompts.rows, length, cache_dtype(model, params))
+        make_cache = functools.partial(model.init_cache, prompts.rows, length, cache_dtype(model, params))
     plan = sampler.plan()
     begin = functools.partial(
         start,
         params,
-        cache,
-        prompts.inputs,
-        np.int32(prompts.length),
+        inputs=prompts.inputs,
+        prompt_length=np.int32(prompts.length),
         # Whole texts have other lengths than what is read now, so other programs; most need none.
-        text if "repetition_penalty" in plan.names else {},
-        controls,
+        text=text if "repetition_penalty" in plan.names else {},
+        controls=controls,
         model=model,
         plan=plan,
         copies=num_return_sequences,
@@ -127,7 +127,7 @@ def stream(
     )
     go_on = functools.partial(resume, params, controls, model=model, plan=plan)
     ids = text["input_ids"][0, : reused + prompts.length].tolist() if "input_ids" in text else None
-    return TokenStream(begin, go_on, max_new_tokens, ids, reused, keys)
+    return TokenStream(make_cache, begin, go_on, max_new_tokens, ids, reused, keys)
 
 
 class TokenStream(Iterator[np.ndarray]):
@@ -140,11 +140,19 @@ class TokenStream(Iterator[np.ndarray]):
     """
 
     def __init__(
-        self, begin: Any, go_on: Any, limit: int, ids: list[int] | None, reused: int, keys: list[Any] | None
+        self,
+        make_cache: functools.partial[Any],
+        begin: functools.partial[Any],
+        go_on: functools.partial[Any],
+        limit: int,
+        ids: list[int] | None,
+        reused: int,
+        keys: list[Any] | None,
     ) -> None:
         self.reused = reused
-        self._begin, self._go_on, self._limit, self._ids = begin, go_on, limit, ids
-        self._keys = keys
+        self._begin: Any = make_cache, begin
+        self._go_on: Any = go_on
+        self._limit, self._ids, self._keys = limit, ids, keys
         self._state: Any = None
         self._made: list[int] = []
         self._step = 0
@@ -154,7 +162,8 @@ class TokenStream(Iterator[np.ndarray]):
         if self._ended or self._step >= self._limit:
             raise StopIteration
         if self._state is None:
-            state, self._begin = self._begin(), None
+            make_cache, begin = self._begin
+            state, self._begin = begin(cache=make_cache()), None
         else:
             state = self._go_on(self._state, np.int32(self._step + 1))
         self._state = state
@@ -163,6 +172,22 @@ class TokenStream(Iterator[np.ndarray]):
         self._ended = bool(done.all())
         self._made.append(int(tokens[0]))
         return tokens
+
+    def compile(self) -> None:
+        """Compile the programs that the tokens need, or find those that were kept; nothing is computed.
+
+        The parameters may be `jax.ShapeDtypeStruct`s. A stream of the same call with arrays of these shapes
+        then begins at once.
+        """
+        if self._begin is None:
+            return
+        make_cache, begin = self._begin
+        first = begin.func.lower(*begin.args, cache=jax.eval_shape(make_cache), **begin.keywords)
+        go_on, state, stop = self._go_on, first.out_info, np.int32(self._step + 1)
+        with ThreadPoolExecutor(1) as thread:
+            compiled = thread.submit(first.compile)
+            go_on.func.lower(*go_on.args, state, stop, **go_on.keywords).compile()
+            compiled.result()
 
     def close(self) -> None:
         """Make no more tokens."""

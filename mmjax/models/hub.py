@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mmjax.checkpoints.files import TensorReader, open_tensors, read_json
 from mmjax.checkpoints.weights import (
     SHARD_BYTES,
     load_params,
+    param_shapes,
     refuse_stored_kernels,
     save_params,
     write_json,
@@ -135,6 +137,47 @@ def load(
         ConfigError, CheckpointError: anything wrong, with the file and what to do. Nothing in the folder is
             ever executed.
     """
+    options: dict[str, Any] = dict(execution=execution, transpose_kernels=transpose_kernels)
+    with open_folder(folder_or_hub_id, dtype, mesh, **options) as opened:
+        return opened.model, opened.read(), opened.processor
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenFolder:
+    """A hub folder in which everything but the parameters has been read.
+
+    Attributes:
+        model, processor: as `load` returns them.
+        shapes: its parameters as `jax.ShapeDtypeStruct`s.
+        read: gives the parameters; raises CheckpointError.
+    """
+
+    model: Model
+    processor: Processor | None
+    shapes: dict[str, Any]
+    read: Callable[[], dict[str, Any]]
+
+
+@contextlib.contextmanager
+def open_folder(
+    folder_or_hub_id: str | os.PathLike[str],
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    *,
+    execution: Execution | None = None,
+    transpose_kernels: bool = False,
+) -> Iterator[OpenFolder]:
+    """What `load` does in two steps, so that programs can be compiled while parameters are read.
+
+    Args:
+        folder_or_hub_id, dtype, mesh, execution, transpose_kernels: as there.
+
+    Yields:
+        The folder, whose parameters can be read until the block ends.
+
+    Raises:
+        ConfigError, CheckpointError: as there.
+    """
     dtype = None if dtype is None else canonical_dtype(dtype)
     if dtype == "float64" and jax.dtypes.canonicalize_dtype("float64") != "float64":
         raise ConfigError(
@@ -150,24 +193,28 @@ def load(
     opened = other and other(folder, hub, dtype=dtype, mesh=mesh, execution=execution, find=find_folder)
     if opened:
         model, params, processor = opened
-        model = _with_generation(model, folder)
-        return model, transposed.transpose_kernels(params) if transpose_kernels else params, processor
+        params = transposed.transpose_kernels(params) if transpose_kernels else params
+        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+        yield OpenFolder(_with_generation(model, folder), processor, shapes, lambda: params)
+        return
     with open_tensors(folder) as reader:
         family, model = open_model(folder, reader, execution or Execution())
         try:
             specs = parameter_specs(model)
         except ConfigError as error:
             raise ConfigError(f"{folder / 'config.json'}: {error}") from None
-        params = load_params(
-            reader,
-            family.rules(model),
-            specs,
+        given: dict[str, Any] = dict(
             dtype=dtype,
-            mesh=mesh,
             where=str(folder),
             transposed=transposed.FEW_ROWS_KERNELS if transpose_kernels else None,
         )
-    return _with_generation(model, folder), params, Processor.from_folder(folder)
+        rules = family.rules(model)
+        yield OpenFolder(
+            _with_generation(model, folder),
+            Processor.from_folder(folder),
+            param_shapes(reader, rules, specs, **given),
+            functools.partial(load_params, reader, rules, specs, mesh=mesh, **given),
+        )
 
 
 def _with_generation(model: Model, folder: Path) -> Model:

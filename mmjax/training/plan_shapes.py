@@ -22,7 +22,6 @@ from mmjax.training.state import merge
 
 MOST_DEVICES = 4096
 Shapes = dict[str, jax.ShapeDtypeStruct]
-_STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def mesh_shape(experiment: Experiment) -> dict[str, int]:
@@ -78,32 +77,29 @@ def folder_shapes(source: FromFolder, mesh: Mesh) -> OpenedModel:
 
     folder, execution = find_folder(source.path), source.execution or Execution()
     has_weights = any(folder.glob("*.safetensors"))
-    model, stored = (_weights_dtypes if has_weights else _config_dtypes)(folder, execution)
+    model, dtypes = (_weights_dtypes if has_weights else _config_dtypes)(folder, execution, source.dtype)
     nested = parameter_specs(model)
     specs = flatten_dict(nested, sep="/")
-    shapes = {
-        path: jax.ShapeDtypeStruct(spec.shape, source.dtype or stored[path]) for path, spec in specs.items()
-    }
+    shapes = {path: jax.ShapeDtypeStruct(spec.shape, dtypes[path]) for path, spec in specs.items()}
     shardings = flatten_dict(param_shardings(mesh, nested), sep="/")
     return OpenedModel(model=model, processor=None, shapes=shapes, shardings=shardings, params=dict)
 
 
-def _weights_dtypes(folder: Path, execution: Any) -> tuple[Any, dict[str, str]]:
-    """A folder's model, and every parameter's dtype as its files have it."""
+def _weights_dtypes(folder: Path, execution: Any, dtype: str | None) -> tuple[Any, dict[str, str]]:
+    """A folder's model, and every parameter's dtype: that of its tensor, if none is given."""
     from mmjax.checkpoints.files import open_tensors
-    from mmjax.checkpoints.rules import link
+    from mmjax.checkpoints.weights import param_shapes
     from mmjax.models.hub import open_model
     from mmjax.nn import parameter_specs
 
     with open_tensors(folder) as reader:
         family, model = open_model(folder, reader, execution)
-        specs = flatten_dict(parameter_specs(model), sep="/")
-        links = link(family.rules(model), reader.shapes, specs, str(folder))
-        stored = {path: reader.dtypes[entry.source] for entry in links for path in entry.targets}
-        return model, {path: _STORED[dtype] for path, dtype in stored.items()}
+        specs, rules = parameter_specs(model), family.rules(model)
+        shapes = param_shapes(reader, rules, specs, dtype=dtype, where=str(folder))
+        return model, {path: leaf.dtype.name for path, leaf in flatten_dict(shapes, sep="/").items()}
 
 
-def _config_dtypes(folder: Path, execution: Any) -> tuple[Any, dict[str, str]]:
+def _config_dtypes(folder: Path, execution: Any, dtype: str | None) -> tuple[Any, dict[str, str]]:
     """The same from config.json alone, which may name one dtype for all."""
     from mmjax.checkpoints.files import TensorReader, read_json
     from mmjax.models.hub import open_model
@@ -113,7 +109,7 @@ def _config_dtypes(folder: Path, execution: Any) -> tuple[Any, dict[str, str]]:
     with contextlib.ExitStack() as stack:
         _, model = open_model(folder, TensorReader([], stack), execution)
     hub = read_json(folder / "config.json")
-    dtype = canonical_dtype(hub.get("dtype") or hub.get("torch_dtype") or "float32")
+    dtype = dtype or canonical_dtype(hub.get("dtype") or hub.get("torch_dtype") or "float32")
     return model, dict.fromkeys(flatten_dict(parameter_specs(model), sep="/"), dtype)
 
 

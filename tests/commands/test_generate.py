@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import mmjax
+from mmjax.checkpoints.files import TensorReader
 from mmjax.commands import chat, generate
 from mmjax.commands.output import printable
 from mmjax.generation import Sampling
@@ -56,18 +57,24 @@ def expected(folder, prompt, new, **options):
     return processor.tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
+def read_kernel(folder, dtype=None):
+    with generate.language_model(argparse.Namespace(model=str(folder), dtype=dtype)) as (opened, _):
+        params = opened.read()
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), opened.shapes
+    )
+    return params["model"]["layers_0"]["mlp"]["up_proj"]["kernel"]
+
+
 @pytest.mark.parametrize(("dtype", "turned"), [(None, False), ("bfloat16", True), ("float16", False)])
 def test_bfloat16_kernels_stay_as_the_folder_has_them(folder, dtype, turned, tmp_path):
-    options = argparse.Namespace(model=str(folder), dtype=dtype)
-    _, params, *_ = generate.open_language_model(options)
-    kernel = params["model"]["layers_0"]["mlp"]["up_proj"]["kernel"]
+    kernel = read_kernel(folder, dtype)
     assert isinstance(kernel, TransposedKernel) == turned
     assert kernel.dtype == (dtype or "float32")
     if turned:
         again = tmp_path / "bfloat16"
         mmjax.save(again, *mmjax.load(folder, dtype=dtype))
-        _, params, *_ = generate.open_language_model(argparse.Namespace(model=str(again), dtype=None))
-        assert isinstance(params["model"]["layers_0"]["mlp"]["up_proj"]["kernel"], TransposedKernel)
+        assert isinstance(read_kernel(again), TransposedKernel)
 
 
 @pytest.fixture
@@ -150,9 +157,8 @@ def test_the_ids_that_end_a_text(folder, tmp_path):
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
     config = json.loads((copy / "config.json").read_text()) | {"eos_token_id": 5}
     (copy / "config.json").write_text(json.dumps(config))
-    options = argparse.Namespace(model=str(copy), dtype=None)
-    processor, stop_ids = generate.open_language_model(options)[2:]
-    tokenizer = processor.tokenizer
+    with generate.language_model(argparse.Namespace(model=str(copy), dtype=None)) as (opened, stop_ids):
+        tokenizer = opened.processor.tokenizer
     assert stop_ids == tuple(sorted({5, 7, 9, tokenizer.eos_token_id}))
 
 
@@ -248,6 +254,16 @@ def test_ids_in_generation_config_that_are_none(fails, folder, tmp_path, ids):
     assert f"generation_config.json: eos_token_id: {wrong!r} is not a token id" in error
 
 
+@pytest.fixture
+def unread(monkeypatch, folder, clip_folder, llava_folder):
+    """What is wrong is said before a parameter is read, which can take minutes."""
+
+    def read(self, name):
+        raise AssertionError(f"{name} was read")
+
+    monkeypatch.setattr(TensorReader, "read", read)
+
+
 HERE = ("generate", "--model", "FOLDER")
 
 
@@ -270,10 +286,12 @@ HERE = ("generate", "--model", "FOLDER")
     ],
     ids=lambda value: value[:24] if isinstance(value, str) else "",
 )  # fmt: skip
+@pytest.mark.usefixtures("unread")
 def test_what_is_refused(fails, folder, arguments, words):
     assert words in fails(*(str(folder) if part == "FOLDER" else part for part in arguments))
 
 
+@pytest.mark.usefixtures("unread")
 def test_folders_that_cannot_talk(fails, folder, clip_folder, tmp_path):
     assert "does not generate text" in fails("generate", "--model", clip_folder, "a")
     copy = tmp_path / "model"
@@ -285,6 +303,7 @@ def test_folders_that_cannot_talk(fails, folder, clip_folder, tmp_path):
     assert "no tokenizer.json, so there is no text" in fails("generate", "--model", copy, "a")
 
 
+@pytest.mark.usefixtures("unread")
 def test_a_prompt_with_a_place_for_an_image_and_no_image(fails, llava_folder):
     line = fails("generate", "--model", llava_folder, "--prompt", "what is <image>")
     assert "images: 0 given, but the texts have 1 image places" in line

@@ -200,6 +200,18 @@ def test_what_is_not_seen_cannot_be_guessed():
         assert np.mean(sum(right.values(), [])) < 0.32
 
 
+def test_the_last_shape_of_a_relation_tells_the_answer_alone_less_often():
+    asked = [q for scene in TRAIN for q in scene_questions(scene) if q.kind == "relation"]
+    last = []
+    for question in asked:
+        axis = 1 if "above" in question.text else 0
+        places = [(box[axis] + box[axis + 2]) // 2 // 16 for box in question.boxes]
+        assert (places[0] < places[1]) == (question.answer in ("above", "left"))
+        if 1 in places:
+            last.append(places[1] == 1)
+    assert len(last) > 200 and 0.68 < np.mean(last) < 0.82
+
+
 def test_presence_is_yes_for_half_and_for_every_form_of_the_question():
     asked = [q for scene in TRAIN for q in scene_questions(scene) if q.kind == "presence"]
     assert len(asked) == len(TRAIN)

@@ -28,6 +28,32 @@ def test_a_stream_is_what_generate_returns(sampler):
     np.testing.assert_array_equal(np.stack(pieces, axis=1), whole)
 
 
+@pytest.mark.parametrize("sampler", [Greedy(), Sampling(temperature=1.5, repetition_penalty=1.3)], ids=str)
+def test_programs_are_there_before_the_parameters(sampler, caplog):
+    model, params = language_model()
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    rest = (prompts((5, 70)), 12, sampler, KEY)
+
+    def compiled():
+        found = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        names = ("start", "resume")
+        return {name for name in names if any(f"compilation of jit({name})" in text for text in found)}
+
+    jax.clear_caches()
+    jax.config.update("jax_log_compiles", True)  # the context manager is one thread's
+    try:
+        stream(model, shapes, *rest).compile()
+        assert compiled() == {"start", "resume"}
+        tokens = stream(model, params, *rest)
+        found = np.stack(list(tokens), axis=1)
+        tokens.compile()
+        assert compiled() == set()
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    np.testing.assert_array_equal(found, mmjax.generate(model, params, *rest)[:, : found.shape[1]])
+
+
 def test_a_stream_ends_with_its_rows_or_when_closed():
     model, params = table(CHAIN)
     batch = {"input_ids": [[2], [3]]}

@@ -13,6 +13,8 @@ from safetensors.numpy import load_file, save_file
 
 import mmjax
 import mmjax.checkpoints.weights
+from mmjax.checkpoints.files import TensorReader
+from mmjax.models.hub import open_folder
 from mmjax.nn import Execution
 from tests.models.folders import (
     CONFIG,
@@ -23,6 +25,7 @@ from tests.models.folders import (
     edit_tensors,
     files,
 )
+from tests.models.test_decoders import FOLDER
 from tests.tiny import MODELS, random_params
 
 pytestmark = pytest.mark.usefixtures("no_network")
@@ -52,6 +55,30 @@ def test_round_trip(name, tmp_path):
     config = json.loads((tmp_path / "second" / CONFIG).read_text())
     assert config["architectures"] == [name] and config["dtype"] == "float32"
     assert files(tmp_path / "first") == {CONFIG, WEIGHTS}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("name", [*MODELS, "gemma2", "opt", "qwen3_moe"])
+def test_shapes_are_known_before_anything_is_read(name, turned, tmp_path, monkeypatch):
+    model = MODELS[name] if name in MODELS else mmjax.load(FOLDER / name)[0]
+    mmjax.save(tmp_path, model, random_params(model))
+
+    def narrow_one(tensors):
+        first = next(iter(tensors))
+        tensors[first] = tensors[first].astype("float16")
+
+    edit_tensors(tmp_path, narrow_one)
+    reads = []
+    plain = TensorReader.read
+    monkeypatch.setattr(TensorReader, "read", lambda self, name: reads.append(name) or plain(self, name))
+    for dtype in (None, "bfloat16"):
+        with open_folder(tmp_path, dtype, transpose_kernels=turned) as folder:
+            assert not reads
+            params = folder.read()
+        assert reads
+        reads.clear()
+        shapes, found = (jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (folder.shapes, params))
+        assert shapes == found
 
 
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
