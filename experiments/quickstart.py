@@ -341,7 +341,7 @@ def _draw_scenes(figure: Any, outcome: Outcome) -> None:
         axis.set_yticks([])
         good = answer == question.answer
         axis.set_title(question.text, fontsize=8)
-        said = answer if good else f"{answer}  (it is {question.answer})"
+        said = f"says {answer}, truth {question.answer}"
         axis.set_xlabel(said, fontsize=10, color="#2a7f4f" if good else "#c0392b")
 
 

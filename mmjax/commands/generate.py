@@ -105,11 +105,25 @@ def _said(
     def begin(params: Any) -> Any:
         return stream(folder.model, params, batch, options.max_new_tokens, sampler, key, stop_ids)
 
-    with ThreadPoolExecutor(1) as thread:
-        compiled = thread.submit(begin(folder.shapes).compile)
-        params = folder.read()
-        compiled.result()
-    return stream_text(begin(params), processor.tokenizer)
+    shapes_only = begin(folder.shapes)  # what is wrong with the call is said before anything is read
+
+    def compile_first() -> Any:
+        first, others = shapes_only.lower()
+        later = threads.submit(others.compile)
+        first.compile()
+        return later
+
+    with ThreadPoolExecutor(2) as threads:
+        compiling = threads.submit(compile_first)
+        tokens = begin(folder.read())
+        later = compiling.result()
+
+        def made() -> Iterator[Any]:
+            yield next(tokens)
+            later.result()
+            yield from tokens
+
+        yield from stream_text(made(), processor.tokenizer)
 
 
 def keep_bytes(stream: Any) -> None:

@@ -80,6 +80,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _rows(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What is worth saying about a plan, label and text."""
+    from mmjax.training.progress import format_seconds
+
     chip, counts = plan["chip"], plan["parameters"]
     axes = ", ".join(f"{axis}={size}" for axis, size in plan["mesh"].items() if size > 1) or "one device"
     parts = f" in {plan['accumulate']:,} micro-batches" if plan["accumulate"] > 1 else ""
@@ -108,6 +110,7 @@ def _rows(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, seconds in plan["seconds"].items():
         yield f"  {name}", _seconds(seconds) + ("  <- bounds the step" if name == plan["bound"] else "")
     yield "  at most", f"{count_text(round(rate))} samples/s" if rate else "nothing to compute"
+    yield f"  {plan['steps']:,} steps", f"{format_seconds(plan['stage_seconds'])} at least"
 
 
 def _fit_text(plan: dict[str, Any]) -> str:

@@ -47,12 +47,14 @@ class BadSample(DataError):
     Args:
         cause: one of `FAULTS`.
         name: the sample's name, for messages.
+        detail: more of the cause.
     """
 
     def __init__(self, cause: str, name: str, detail: str = "") -> None:
         super().__init__(f"{printable(name)}: {cause}" + (f" ({detail})" if detail else ""))
         self.cause = cause
         self.name = name
+        self.detail = detail
 
 
 def cause_of(error: BaseException) -> str:

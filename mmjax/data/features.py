@@ -16,7 +16,7 @@ from mmjax.data.sources import as_path
 from mmjax.errors import DataError
 
 INDEX, DATA = "features.json", "features.bin"
-_FORMAT = 1
+_FORMAT = 2
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -25,6 +25,7 @@ class FeatureStore:
 
     Attributes:
         identity: changes when the store does.
+        eyes: says what computed the features: see `write_features`.
 
     Args:
         folder: with features.json and features.bin.
@@ -43,7 +44,8 @@ class FeatureStore:
             self._dtype = np.dtype(_DTYPES[index["dtype"]])
             self._shape = tuple(int(n) for n in index["shape"])
             self._images = {str(key): tuple(map(int, place)) for key, place in index["images"].items()}
-            tiles, self.identity = int(index["tiles"]), str(index["identity"])
+            self.identity, self.eyes = str(index["identity"]), str(index["eyes"])
+            tiles = int(index["tiles"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{self.folder / INDEX}: no features can be read from it ({error})") from error
         try:
@@ -94,6 +96,7 @@ def write_features(
     *,
     dtype: str = "bfloat16",
     identity: str = "",
+    eyes: str = "",
 ) -> Path:
     """Write features as `FeatureStore` reads them; nothing is there to be read before all is written.
 
@@ -102,6 +105,7 @@ def write_features(
         images: (key, (height, width) in pixels, features [tiles, P, Dv]) of each.
         dtype: "bfloat16", "float16" or "float32".
         identity: what tells these features from others.
+        eyes: a digest of what computed them, by which a run sees that they are of its own eyes.
 
     Returns:
         The folder.
@@ -134,6 +138,7 @@ def write_features(
             "shape": list(shape),
             "tiles": tiles,
             "identity": identity,
+            "eyes": eyes,
             "images": places,
         }
         waiting = folder / f"{INDEX}.new"

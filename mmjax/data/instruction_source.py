@@ -90,6 +90,20 @@ class Conversations:
     def __len__(self) -> int:
         return len(self.entries)
 
+    def check_names(self) -> None:
+        """Refuse rows whose images lie in several folders: features are kept under the images' names.
+
+        Raises:
+            DataError: there are several.
+        """
+        roots = dict.fromkeys(entry.root for entry in self.entries)
+        if len(roots) > 1:
+            first, other, *_ = roots
+            raise DataError(
+                f"features are kept by the names of images, which lie in {first} and in {other}: set images "
+                "to one folder and name them from there"
+            )
+
     def measure(self, number: int) -> tuple[int, int]:
         """How many tokens and how many tiles a conversation has; its images are not decoded.
 
@@ -163,11 +177,12 @@ class Conversations:
         entry = self.entries[number]
         found = []
         for name in self._talk(entry).images:
-            data = read_file(image_file(entry.root, name), name)
             try:
-                found.append(open_image(data, exif=True))
+                found.append(open_image(read_file(image_file(entry.root, name), name), exif=True))
             except (DataError, OSError) as error:
-                raise BadSample(cause_of(error), name) from error
+                # By its number the row is found in its file.
+                where, detail = f"{entry.name}: {name}", getattr(error, "detail", "")
+                raise BadSample(cause_of(error), where, detail) from error
         return found
 
     def layouts(self, sizes: Sequence[tuple[int, int]]) -> list[Layout]:

@@ -204,7 +204,12 @@ class InstructionData:
             batch["tiles"] = np.zeros((1, tiles, *shape), np.float32)
         return batch
 
-    def _source(self, processor: Any, entries: list[Entry]) -> Conversations:
+    def fitted(self, processor: Any) -> Any:
+        """A model's processor with the template and the padding that are set here.
+
+        Raises:
+            ConfigError: it is of no model that sees, or cannot pad.
+        """
         tokenizer = tokenizer_of(processor)
         if getattr(processor, "image_tokens", None) is None:
             raise ConfigError("InstructionData needs the processor of a model that sees, such as LLaVA's")
@@ -221,10 +226,14 @@ class InstructionData:
                     f"InstructionData.pad_images: the processor cannot pad ({error})"
                 ) from error
             processor = dataclasses.replace(processor, image_processor=eyes)
-        if tokenizer.chat_template is None:
+        return processor
+
+    def _source(self, processor: Any, entries: list[Entry]) -> Conversations:
+        processor = self.fitted(processor)
+        if processor.tokenizer.chat_template is None:
             raise ConfigError("InstructionData: the processor has no chat template: set template")
         kept = None if self.features is None else FeatureStore(self.features)
-        return Conversations(
+        source = Conversations(
             entries=entries,
             processor=processor,
             image_first=self.image_first,
@@ -233,6 +242,9 @@ class InstructionData:
             # Where images are read, each conversation is laid out anew beside them.
             tokens=KeptTokens(0) if kept is None else KeptTokens(),
         )
+        if kept is not None:
+            source.check_names()
+        return source
 
     def _measured(
         self, source: Conversations, progress: Progress | None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -106,9 +105,9 @@ def stream(
     if conversation is not None and reused:
         # A longer one stays as long: programs are compiled for its length already.
         length = max(length, conversation.cache.length)
-        make_cache = functools.partial(rewind, conversation.cache, np.int32(reused), length=length)
+        cache = rewind(conversation.cache, np.int32(reused), length=length)
     else:
-        make_cache = functools.partial(model.init_cache, prompts.rows, length, cache_dtype(model, params))
+        cache = functools.partial(model.init_cache, prompts.rows, length, cache_dtype(model, params))
     plan = sampler.plan()
     begin = functools.partial(
         start,
@@ -127,7 +126,7 @@ def stream(
     )
     go_on = functools.partial(resume, params, controls, model=model, plan=plan)
     ids = text["input_ids"][0, : reused + prompts.length].tolist() if "input_ids" in text else None
-    return TokenStream(make_cache, begin, go_on, max_new_tokens, ids, reused, keys)
+    return TokenStream(cache, begin, go_on, max_new_tokens, ids, reused, keys)
 
 
 class TokenStream(Iterator[np.ndarray]):
@@ -141,7 +140,7 @@ class TokenStream(Iterator[np.ndarray]):
 
     def __init__(
         self,
-        make_cache: functools.partial[Any],
+        cache: Any,
         begin: functools.partial[Any],
         go_on: functools.partial[Any],
         limit: int,
@@ -150,7 +149,7 @@ class TokenStream(Iterator[np.ndarray]):
         keys: list[Any] | None,
     ) -> None:
         self.reused = reused
-        self._begin: Any = make_cache, begin
+        self._begin: Any = cache, begin
         self._go_on: Any = go_on
         self._limit, self._ids, self._keys = limit, ids, keys
         self._state: Any = None
@@ -162,8 +161,8 @@ class TokenStream(Iterator[np.ndarray]):
         if self._ended or self._step >= self._limit:
             raise StopIteration
         if self._state is None:
-            make_cache, begin = self._begin
-            state, self._begin = begin(cache=make_cache()), None
+            cache, begin = self._begin
+            state, self._begin = begin(cache=cache() if callable(cache) else cache), None
         else:
             state = self._go_on(self._state, np.int32(self._step + 1))
         self._state = state
@@ -173,21 +172,22 @@ class TokenStream(Iterator[np.ndarray]):
         self._made.append(int(tokens[0]))
         return tokens
 
-    def compile(self) -> None:
-        """Compile the programs that the tokens need, or find those that were kept; nothing is computed.
+    def lower(self) -> tuple[Any, Any]:
+        """The programs of the first token and of the others, as `jax.jit`'s `lower` gives them.
 
-        The parameters may be `jax.ShapeDtypeStruct`s. A stream of the same call with arrays of these shapes
-        then begins at once.
+        Nothing is computed, and the parameters may be `jax.ShapeDtypeStruct`s. What is compiled of them is
+        there when a stream of the same call needs it, with arrays of these shapes.
+
+        Raises:
+            ConfigError: the first token was made already.
         """
         if self._begin is None:
-            return
-        make_cache, begin = self._begin
-        first = begin.func.lower(*begin.args, cache=jax.eval_shape(make_cache), **begin.keywords)
-        go_on, state, stop = self._go_on, first.out_info, np.int32(self._step + 1)
-        with ThreadPoolExecutor(1) as thread:
-            compiled = thread.submit(first.compile)
-            go_on.func.lower(*go_on.args, state, stop, **go_on.keywords).compile()
-            compiled.result()
+            raise ConfigError("lower: the stream has begun")
+        cache, begin = self._begin
+        empty = jax.eval_shape(cache if callable(cache) else lambda: cache)
+        first = begin.func.lower(*begin.args, cache=empty, **begin.keywords)
+        go_on, stop = self._go_on, np.int32(self._step + 1)
+        return first, go_on.func.lower(*go_on.args, first.out_info, stop, **go_on.keywords)
 
     def close(self) -> None:
         """Make no more tokens."""

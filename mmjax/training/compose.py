@@ -31,7 +31,8 @@ class LlavaFromParts:
         projector: kind of the bridge, "linear" (1.0) or "mlp2x" (1.5).
         bridge: file or folder with a bridge that was saved before, here or by LLaVA's original repository
             (mm_projector.bin; see `load_parts`); None: a new one.
-        feature_layer, feature_select: which of the eyes' features are seen (see `LlavaConfig`).
+        feature_layer, feature_select: which of the eyes' features are seen (see `LlavaConfig`); by default
+            all patches of the last layer but one, without a CLS token.
         template: chat template that the model's folder gets, one of `mmjax.language.CHAT_FORMATS`; None: the
             brain's own.
         pad: whether the model's images are padded to squares.
@@ -44,7 +45,7 @@ class LlavaFromParts:
     projector: str = "mlp2x"
     bridge: str | None = None
     feature_layer: int | tuple[int, ...] = -2
-    feature_select: str = "default"
+    feature_select: str | None = None
     template: str | None = "vicuna"
     pad: bool = True
     dtype: str | None = None
@@ -124,13 +125,14 @@ class LlavaFromParts:
         size = max(text.vocab_size, known)
         if size > text.vocab_size:
             size = -(-size // _MULTIPLE) * _MULTIPLE
+        patches = "default" if vision.class_token else "full"
         return LlavaConfig(
             vision_config=vision,
             text_config=dataclasses.replace(text, vocab_size=size),
             image_token_id=text.vocab_size if tokenizer is None else tokenizer.token_to_id(IMAGE_TOKEN),
             projector=self.projector,
             vision_feature_layer=self.feature_layer,
-            vision_feature_select_strategy=self.feature_select,  # type: ignore[arg-type]
+            vision_feature_select_strategy=self.feature_select or patches,  # type: ignore[arg-type]
         )
 
     def _processor(self, config: Any, eyes: Any, tokenizer: Any) -> Any:

@@ -6,8 +6,9 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from mmjax.data.config import Progress, Split
 from mmjax.data.faults import BadSample
 from mmjax.data.features import FeatureStore, write_features
 from mmjax.data.sources import digest
-from mmjax.errors import DataError
+from mmjax.errors import ConfigError, DataError
 from mmjax.training.outcome import Outcome
 from mmjax.training.progress import Reading
 from mmjax.training.state import flatten
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from mmjax.data.instruction_source import Conversations
     from mmjax.data.instructions import InstructionData
 
-EYES = "vision_tower"
+# Beside adapters, a model's own parameters are below "base".
+_EYES = re.compile(r"(base/|lora/[^/]+/)?vision_tower/")
 Picture = tuple[str, tuple[int, int], np.ndarray]
 
 
@@ -81,9 +83,12 @@ def keep_features(
             yield key, size, rows[: len(own)]
             rows = rows[len(own) :]
 
+    source = data.conversations(processor, split)
+    source.check_names()
+
     def all_features() -> Iterator[Picture]:
         waiting: list[Picture] = []
-        for picture in _pictures(data.conversations(processor, split), progress):
+        for picture in _pictures(source, progress):
             waiting.append(picture)
             if sum(len(tiles) for _, _, tiles in waiting) >= batch_size:
                 yield from features(waiting)
@@ -91,7 +96,55 @@ def keep_features(
         if waiting:
             yield from features(waiting)
 
-    return write_features(folder, all_features(), dtype=dtype, identity=identity or _digest(params))
+    eyes = eyes_digest(model, params, data.fitted(processor).image_processor)
+    return write_features(folder, all_features(), dtype=dtype, identity=identity or eyes, eyes=eyes)
+
+
+def eyes_digest(model: Any, params: Mapping[str, Any], image_processor: Any) -> str:
+    """Changes with whatever changes what a model sees in an image.
+
+    Args:
+        model: as `Llava`.
+        params: its parameters, nested or by path; of the eyes, they have to lie here whole.
+        image_processor: what makes pixels of images.
+    """
+    config = model.config
+    names = ("vision_config", "feature_layers", "vision_feature_select_strategy", "image_grid_pinpoints")
+    seen = repr(([getattr(config, name, None) for name in names], image_processor))
+    return digest(_digest(params), seen)
+
+
+def check_features(
+    data: Any, model: Any, params: Mapping[str, Any], processor: Any, trained: Collection[str]
+) -> None:
+    """Refuse kept features that are not what a stage's eyes would see.
+
+    Args:
+        data: of the stage.
+        model, processor: of the run.
+        params: by path.
+        trained: paths of those that train.
+
+    Raises:
+        ConfigError: the eyes train.
+        DataError: the features are of other eyes, other layers or other pixels.
+    """
+    folder = getattr(data, "features", None)
+    if folder is None:
+        return
+    eyes = next((path for path in sorted(trained) if _EYES.match(path)), None)
+    if eyes is not None:
+        raise ConfigError(
+            f"data.features: {eyes} trains, but it is not used where features were kept; freeze it"
+        )
+    seeing = [leaf for path, leaf in params.items() if _EYES.match(path)]
+    if not all(leaf.is_fully_addressable for leaf in jax.tree.leaves(seeing)):
+        return  # of eyes that lie on several hosts no process has all
+    if FeatureStore(folder).eyes != eyes_digest(model, params, data.fitted(processor).image_processor):
+        raise DataError(
+            f"{folder}: the features are of other eyes, or of images prepared in another way; keep them anew "
+            "(mmjax.training.keep_features, or an experiment's prepare)"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,9 +164,8 @@ class KeepFeatures:
 
     def __call__(self, outcome: Outcome, say: Callable[[str], None]) -> None:
         data = dataclasses.replace(self.data, features=None)
-        # The config says which layers are seen.
-        seen = repr((outcome.model.config, getattr(outcome.processor, "image_processor", None)))
-        identity = digest(_digest(outcome.params), seen, repr(data), self.split, self.dtype)
+        eyes = eyes_digest(outcome.model, outcome.params, data.fitted(outcome.processor).image_processor)
+        identity = digest(eyes, repr(data), self.split, self.dtype)
         with contextlib.suppress(DataError):
             if FeatureStore(self.folder).identity == identity:
                 return
@@ -153,7 +205,8 @@ def _pictures(source: Conversations, progress: Progress | None) -> Iterator[Pict
 def _digest(params: Mapping[str, Any]) -> str:
     state = hashlib.blake2b(digest_size=8)
     for path, leaf in sorted(flatten(dict(params)).items()):
-        if path.startswith(EYES):
-            state.update(path.encode())
-            state.update(np.asarray(leaf).tobytes())
+        if _EYES.match(path):
+            state.update(path.removeprefix("base/").encode())
+            for part in jax.tree.leaves(leaf):
+                state.update(np.asarray(part).tobytes())
     return state.hexdigest()

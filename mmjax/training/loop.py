@@ -21,6 +21,7 @@ from mmjax.parallel.rendezvous import connect
 from mmjax.training.before import in_order, result_of
 from mmjax.training.changes import changes, describe
 from mmjax.training.experiment import Experiment
+from mmjax.training.features import check_features
 from mmjax.training.finish import finish, introduce, outcome_of
 from mmjax.training.folders import RunFolders
 from mmjax.training.interrupts import Interrupted, Interrupts
@@ -235,7 +236,10 @@ class Run:
             go_on = self.channel.may_go_on(before + step) and self._stop_signal(before + step) is None
             return not go_on or bool(every and step % every == 0)
 
-        with self._batches(run, cursor) as batches:
+        data = run.stage.data if run.stage.data is not None else self.experiment.data
+        opened, flat = self.opened, {**state.params, **state.frozen}
+        check_features(data, opened.model, flat, opened.processor, run.trained)
+        with self._batches(run, data, cursor) as batches:
             cursor = Cursor(cursor.step, batches.get_state())
             with self.interrupts.polite():
                 while cursor.step < settings.steps:
@@ -252,8 +256,7 @@ class Run:
         return state
 
     @contextlib.contextmanager
-    def _batches(self, run: StageRun, cursor: Cursor) -> Iterator[Any]:
-        data = run.stage.data if run.stage.data is not None else self.experiment.data
+    def _batches(self, run: StageRun, data: Any, cursor: Cursor) -> Iterator[Any]:
         reading = Reading(self.progress.say, f"{run.stage.name}: reading data")
 
         def progress(done: int, total: int) -> None:

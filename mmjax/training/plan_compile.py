@@ -95,9 +95,10 @@ def compile_stage(
     """Compile one stage's step, as `mmjax train` would run it, on shapes alone.
 
     Returns:
-        "parameters" (total, trained, frozen), "bytes" (per device at the peak), "flops" (by dtype, over all
-        devices), "product_bytes" (read and written by products, over all devices), "loss_flops", "network"
-        (by kind of collective: count, bytes and between_nodes that a device sends), "unknown_loops".
+        "steps", "parameters" (total, trained, frozen), "bytes" (per device at the peak), "flops" (by dtype,
+        over all devices), "product_bytes" (read and written by products, over all devices), "loss_flops",
+        "network" (by kind of collective: count, bytes and between_nodes that a device sends),
+        "unknown_loops".
     """
     run = StageRun(experiment, index, opened, mesh)
     data = experiment.data if run.stage.data is None else run.stage.data
@@ -111,6 +112,7 @@ def compile_stage(
     total, trained = sum(sizes.values()), sum(sizes[path] for path in run.trained)
     return {
         "stage": run.stage.name,
+        "steps": run.settings.steps,
         "batch_size": run.settings.batch_size,
         "accumulate": run.settings.accumulate,
         "mesh": dict(mesh.shape),

@@ -84,7 +84,8 @@ def plan_stage(compiled: Mapping[str, Any], chip: Chip) -> dict[str, Any]:
         (operands and results of products too large for the chip's cache, and the state read and written
         once; whatever stands between products is taken to be fused with them); "seconds" that a step takes
         at least to "compute", for "memory" and for "network"; "bound", the largest of these; "step_seconds",
-        its time; "samples_per_second", at most; "memory_share", of the chip's memory at the peak; "fits".
+        its time; "stage_seconds", that of all steps; "samples_per_second", at most; "memory_share", of the
+        chip's memory at the peak; "fits".
     """
     devices, size = compiled["devices"], compiled["bytes"]
     state = size["parameters"] + size["optimizer"] + size["ema"] + size["gradients"]
@@ -109,6 +110,7 @@ def plan_stage(compiled: Mapping[str, Any], chip: Chip) -> dict[str, Any]:
         "seconds": seconds,
         "bound": bound,
         "step_seconds": step,
+        "stage_seconds": compiled["steps"] * step,
         "samples_per_second": compiled["batch_size"] / step if step else None,
         "memory_share": share,
         "fits": share <= 1,

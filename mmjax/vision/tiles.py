@@ -12,6 +12,7 @@ from PIL import Image
 from mmjax.errors import ConfigError, DataError
 from mmjax.vision.anyres import best_resolution, fitted
 from mmjax.vision.config import pair
+from mmjax.vision.images import MAX_PIXELS, ImageError
 from mmjax.vision.processing import DEFAULTS, ImageProcessor, size_in, to_array, type_in
 from mmjax.vision.sizes import Size
 
@@ -227,6 +228,9 @@ def pad_to_square(image: Image.Image | np.ndarray, mean: Any) -> np.ndarray:
         image: Pillow's, or [H, W, C].
         mean: of each channel, in 0..1, which colours the rest; None: black.
 
+    Raises:
+        DataError: the square would take more than half a gigabyte.
+
     Example:
         >>> pad_to_square(np.ones((1, 3, 1), np.uint8), (0.5,))[:, 0, 0].tolist()
         [127, 1, 127]
@@ -236,6 +240,9 @@ def pad_to_square(image: Image.Image | np.ndarray, mean: Any) -> np.ndarray:
     if height == width:
         return pixels
     edge = max(height, width)
+    if edge * edge > 2 * MAX_PIXELS:
+        words = f"an image of {width} x {height} would be padded to a square of {edge} x {edge}"
+        raise ImageError(f"{words}: too elongated; cut it, or make it smaller", "too_large")
     values = [0.0] if mean is None else mean if isinstance(mean, tuple) else [mean]
     square = np.empty((edge, edge, channels), pixels.dtype)
     square[...] = np.asarray([int(value * 255) for value in values]).astype(pixels.dtype)

@@ -242,7 +242,10 @@ def test_images_that_break_later_are_replaced_by_conversations_that_fit(folder):
         (folder / "images" / "1.png").write_bytes(whole[:-30])
         iterator = iter(build(data_of(folder, arrange=arrange, max_fault_share=1.0), batch_size=1))
         made = take(iterator, iterator.dataset.samples)
-        assert iterator.tally.counts == {"truncated": 1} and "1.png (truncated)" in iterator.tally.summary()
+        assert (
+            iterator.tally.counts == {"truncated": 1}
+            and "row 2: 1.png (truncated" in iterator.tally.summary()
+        )
         pixels = {float(tile.mean()) for batch in made for tile in batch["tiles"][0] if tile.any()}
         assert pixels == {float(np.float32(np.mean(colour(n)) + 1)) for n in (0, 4)}
         assert sum((batch["labels"] != -100).sum() for batch in made) % 3 == 0

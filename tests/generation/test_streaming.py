@@ -43,15 +43,30 @@ def test_programs_are_there_before_the_parameters(sampler, caplog):
     jax.clear_caches()
     jax.config.update("jax_log_compiles", True)  # the context manager is one thread's
     try:
-        stream(model, shapes, *rest).compile()
+        for program in stream(model, shapes, *rest).lower():
+            program.compile()
         assert compiled() == {"start", "resume"}
         tokens = stream(model, params, *rest)
         found = np.stack(list(tokens), axis=1)
-        tokens.compile()
         assert compiled() == set()
     finally:
         jax.config.update("jax_log_compiles", False)
     np.testing.assert_array_equal(found, mmjax.generate(model, params, *rest)[:, : found.shape[1]])
+    with pytest.raises(ConfigError, match="lower: the stream has begun"):
+        tokens.lower()
+
+
+def test_a_conversation_can_be_gone_on_from_twice():
+    """Its cache is copied when a stream is made, so that the first stream may go on after that."""
+    model, params = language_model()
+    first = stream(model, params, {"input_ids": [[3, 9, 4, 7]]}, 8, stop_ids=())
+    next(first), next(first)
+    text = {"input_ids": [[*first.conversation.ids, 5]]}
+    other = stream(model, params, text, 4, stop_ids=(), conversation=first.conversation)
+    next(first)
+    assert other.reused == 5
+    found = [int(token[0]) for token in other]
+    assert found == mmjax.generate(model, params, text, 4, stop_ids=())[0].tolist()
 
 
 def test_a_stream_ends_with_its_rows_or_when_closed():

@@ -15,6 +15,7 @@ import mmjax
 from mmjax.errors import ConfigError, DataError
 from mmjax.models import ImageTokens, Llava, LlavaConfig, LlavaProcessor
 from mmjax.vision.processing import ImageProcessor
+from mmjax.vision.tiles import SquareImageProcessor
 from tests.generation.seeing import IMAGE, TOKENIZER, make, picture, said
 
 KINDS = ("llava", "llava_next", "llava_onevision")
@@ -97,6 +98,19 @@ def test_images_of_extreme_shapes(kind, size):
     assert (sample["input_ids"] == IMAGE).sum() == len(features)
     logits = model.apply({"params": params}, **processor.collate([sample])).logits
     assert np.isfinite(logits).all()
+
+
+def test_an_image_padded_to_a_square_that_is_too_large():
+    tokens = ImageTokens.of(make("llava")[0].config)
+    tile = tokens.tile[0]
+    square = SquareImageProcessor(size=tile, crop_size=tile, do_pad=True)
+    processor = LlavaProcessor(square, TOKENIZER, image_tokens=tokens)
+    sample = processor.encode("<image>", Image.new("RGB", (1, 10_000), (120, 90, 200)))
+    assert np.isfinite(sample["pixel_values"]).all()
+    with pytest.raises(
+        DataError, match="1 x 60000 would be padded to a square of 60000 x 60000: too elongated"
+    ):
+        processor.encode("<image>", Image.new("RGB", (1, 60_000)))
 
 
 def test_an_image_too_long_to_resize():

@@ -17,7 +17,16 @@ import mmjax
 from mmjax.data import ChatData, InstructionData
 from mmjax.errors import CheckpointError, ConfigError
 from mmjax.language import DecoderConfig, train_bpe_tokenizer
-from mmjax.models import CausalLM, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, Processor
+from mmjax.models import (
+    CausalLM,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    Processor,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 from mmjax.parallel import make_mesh
 from mmjax.training import (
     LlavaFromParts,
@@ -220,6 +229,16 @@ def test_parts_that_do_not_fit_are_named(parts, aligned, tmp_path):
         source = LlavaFromParts(**{"eyes": str(parts / "eyes"), "brain": str(parts / "brain"), **change})
         with pytest.raises(ConfigError, match=words):
             source.open(None, jax.random.key(0), make_mesh({"data": 1}, jax.devices()[:1])).params()
+
+
+def test_eyes_without_a_cls_token_show_all_their_patches(parts, tmp_path):
+    vision = SiglipVisionConfig(image_size=8, patch_size=4, **SIZES)
+    eyes = SiglipVisionModel(vision)
+    mmjax.save(tmp_path, eyes, random_params(eyes), Processor(ImageProcessor(size=8, crop_size=8)))
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    for folder, strategy in ((tmp_path, "full"), (parts / "eyes", "default")):
+        model = LlavaFromParts(eyes=str(folder), brain=str(parts / "brain")).open_shapes(mesh).model
+        assert (model.config.tile_rows, model.config.vision_feature_select_strategy) == (4, strategy)
 
 
 def test_plans_see_the_shapes_that_a_run_has(parts, aligned):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,14 @@ import numpy as np
 import pytest
 
 from mmjax.data.instructions import InstructionData
-from mmjax.errors import ConfigError
+from mmjax.errors import ConfigError, DataError
 from mmjax.language import DecoderConfig
 from mmjax.models import CLIPVisionConfig, Llava, LlavaConfig
 from mmjax.models.llava.layout import ImageTokens
 from mmjax.models.llava.processor import LlavaProcessor
 from mmjax.parallel import batch_sharding, make_mesh, replicated
 from mmjax.training import FROZEN, Constant, Cosine, NextToken, Rule, create_state, mean_loss
-from mmjax.training.features import keep_features
+from mmjax.training.features import check_features, keep_features
 from mmjax.training.optimizer import label_parameters, make_optimizer, trained_rules
 from mmjax.training.state import flatten
 from mmjax.training.step import make_train_step
@@ -124,6 +126,44 @@ def test_kept_features_give_the_same_loss_without_the_images(folder, tmp_path, k
     )
 
 
+def test_features_of_other_eyes_are_refused(folder, tmp_path):
+    (model, params), processor = model_of("llava"), processor_of("llava")
+    kept = keep_features(tmp_path, model, params, processor, data_of(folder), batch_size=4)
+    ready, flat = data_of(folder, features=str(kept)), flatten(jax.device_put(params))
+    bridge = {path for path in flat if path.startswith("multi_modal_projector")}
+    check_features(data_of(folder), model, flat, processor, set(flat))
+    check_features(ready, model, flat, processor, bridge)
+    kernel = next(path for path in flat if path.startswith("vision_tower") and flat[path].ndim == 2)
+    deeper = Llava(dataclasses.replace(model.config, vision_feature_layer=-1))
+    padded = data_of(folder, features=str(kept), pad_images=True)
+    for data, seen, values in (
+        (ready, model, {**flat, kernel: flat[kernel].at[0, 0].add(1.0)}),
+        (ready, deeper, flat),
+        (padded, model, flat),
+    ):
+        with pytest.raises(DataError, match="the features are of other eyes, or of images prepared in"):
+            check_features(data, seen, values, processor, bridge)
+    with pytest.raises(ConfigError, match="data.features: vision_tower/.* trains, but it is not used"):
+        check_features(ready, model, flat, processor, {*bridge, kernel})
+    adapted = {f"base/{path}": leaf for path, leaf in flat.items()}
+    check_features(ready, model, adapted, processor, {"lora/default/language_model/x"})
+    with pytest.raises(ConfigError, match="data.features: lora/default/vision_tower/x trains"):
+        check_features(ready, model, adapted, processor, {"lora/default/vision_tower/x"})
+
+
+def test_features_of_one_name_in_two_folders_are_refused(folder, tmp_path):
+    (model, params), processor = model_of("llava"), processor_of("llava")
+    for name in ("one", "other"):
+        shutil.copytree(folder / "images", tmp_path / name)
+        shutil.copy(folder / "rows.json", tmp_path / name)
+    data = data_of(folder, path=f"{tmp_path}/one/rows.json::{tmp_path}/other/rows.json", images=None)
+    with pytest.raises(DataError, match="features are kept by the names of images, which lie in .* and in"):
+        keep_features(tmp_path / "kept", model, params, processor, data)
+    kept = keep_features(tmp_path / "kept", model, params, processor, data_of(folder), batch_size=4)
+    with pytest.raises(DataError, match="set images to one folder and name them from there"):
+        dataclasses.replace(data, features=str(kept)).build(processor=processor, batch_size=4, seed=0)
+
+
 STAGES = {
     "alignment": (Rule("multi_modal_projector/.*", Cosine(peak=1e-2)), Rule(".*", FROZEN)),
     "instruction": (
@@ -165,13 +205,12 @@ def stepped(
 @pytest.mark.parametrize("stage", STAGES)
 def test_frozen_parameters_cost_nothing_and_stay_bitwise(folder, stage):
     before, state, metrics = stepped(folder, stage)
-    moving = "multi_modal_projector" if stage == "alignment" else "(?!vision_tower)"
-    assert set(state.params) | set(state.frozen) == set(before) and state.params
-    assert all(("vision_tower" in path) or stage == "alignment" for path in state.frozen)
+    moving = "multi_modal_projector/" if stage == "alignment" else "(multi_modal_projector|language_model)/"
+    assert set(state.params) == {path for path in before if re.match(moving, path)}
+    assert set(state.frozen) == set(before) - set(state.params)
     for path, leaf in state.frozen.items():
         np.testing.assert_array_equal(leaf, before[path])
     for path, leaf in state.params.items():
-        assert not path.startswith("vision_tower"), moving
         assert np.abs(np.asarray(leaf) - before[path]).max() > 0, path
     # Moments are kept for what trains and for nothing else.
     held = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)

@@ -239,6 +239,7 @@ def test_the_slowest_of_three_bounds_the_step() -> None:
     size = {"parameters": 10, "optimizer": 20, "ema": 0, "gradients": 10, "total": 900}
     compiled = {
         "devices": 2,
+        "steps": 30,
         "batch_size": 6,
         "bytes": size,
         "flops": {"bfloat16": 1000.0, "float32": 200.0},
@@ -248,6 +249,7 @@ def test_the_slowest_of_three_bounds_the_step() -> None:
     plan = plan_stage(compiled, chip)
     assert plan["seconds"] == {"compute": 5 + 2, "memory": (20 + 2 * 40) / 10, "network": 4}
     assert (plan["bound"], plan["step_seconds"], plan["samples_per_second"]) == ("memory", 10, 0.6)
+    assert plan["stage_seconds"] == 300
     assert (plan["memory_share"], plan["fits"]) == (0.9, True)
     assert not plan_stage({**compiled, "bytes": {**size, "total": 1001}}, chip)["fits"]
 
