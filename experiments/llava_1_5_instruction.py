@@ -16,7 +16,7 @@ What can be changed, as any field, on the command line:
 
 - `--rate`, `--lora_rate`, `--bridge_rate`: of the brain, of the adapter, of the bridge.
 - `--adapter.rank`, `--adapter.alpha`, `--adapter.dropout`, `--adapter.targets`: with `--lora=true`.
-- `--model.dtype`: by default the folder's parameters are float32 where they train, bfloat16 where not.
+- `--model.dtype`: of the folder's parameters; by default float32, with `--lora=true` bfloat16.
 - `--data.template=chatml`: one of vicuna, llama-2, mistral, chatml and plain; `none` is the folder's own.
 - `--data.arrange=pack`: several conversations in a row, each seeing only itself.
 - `--train.accumulate=4`: the batch in four parts.

@@ -32,8 +32,8 @@ class DataConfig:
         flip: mirror half of the training images.
         max_fault_share: largest share of broken samples that a run accepts, 0 to 1.
         num_threads: threads that read and decode; 0: none, and nothing is read ahead. Batches do not depend
-            on it. Several are for files; where samples lie in memory or are drawn, they only wait for one
-            another, and the default is one.
+            on it. Several are for files: digits and scenes, which lie in memory or are drawn, have one, since
+            more would only wait for one another.
         prefetch_batches: batches read ahead by them.
     """
 

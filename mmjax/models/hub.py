@@ -148,7 +148,7 @@ class OpenFolder:
 
     Attributes:
         model, processor: as `load` returns them.
-        shapes: its parameters as `jax.ShapeDtypeStruct`s.
+        shapes: its parameters as `jax.ShapeDtypeStruct`s, without shardings.
         read: gives the parameters; raises CheckpointError.
     """
 
@@ -173,7 +173,8 @@ def open_folder(
         folder_or_hub_id, dtype, mesh, execution, transpose_kernels: as there.
 
     Yields:
-        The folder, whose parameters can be read until the block ends.
+        The folder, whose parameters can be read until the block ends; those of another layout than the
+        family's own (see `Family.other_layout`) have been.
 
     Raises:
         ConfigError, CheckpointError: as there.

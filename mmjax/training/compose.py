@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import re
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -16,18 +18,27 @@ from mmjax.errors import ConfigError
 from mmjax.parallel import param_shardings
 from mmjax.training.source import OpenedModel, quick_to_compile
 from mmjax.training.state import flatten
+from mmjax.vision.config import pair
 
-IMAGE_TOKEN = "<image>"
+IMAGE_TOKEN, VIDEO_TOKEN = "<image>", "<video>"
+# Rows and columns of tiles that the published models cut images into.
+_GRIDS = {
+    "llava_next": ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)),
+    "llava_onevision": tuple(itertools.product(range(1, 7), repeat=2)),
+}
 _MULTIPLE = 64  # the vocabulary's size is rounded up, so that it can be split over devices
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlavaFromParts:
-    """LLaVA 1.0 or 1.5 before its training: eyes and brain as they come, and a bridge that knows nothing yet.
+    """LLaVA before its training: eyes and brain as they come, and a bridge that knows nothing yet.
 
     Args:
         eyes: folder or hub id of a model with a vision transformer, such as CLIP.
         brain: folder or hub id of a causal language model; safetensors and tokenizer.json.
+        model_type: "llava" (1.0, 1.5), "llava_next" or "llava_onevision".
+        grids: (rows, columns) of tiles that images are cut into, where they are; None: those of the published
+            models.
         projector: kind of the bridge, "linear" (1.0) or "mlp2x" (1.5).
         bridge: file or folder with a bridge that was saved before, here or by LLaVA's original repository
             (mm_projector.bin; see `load_parts`); None: a new one.
@@ -35,13 +46,15 @@ class LlavaFromParts:
             all patches of the last layer but one, without a CLS token.
         template: chat template that the model's folder gets, one of `mmjax.language.CHAT_FORMATS`; None: the
             brain's own.
-        pad: whether the model's images are padded to squares.
+        pad: whether images are padded to squares, where they are not cut into tiles.
         dtype: the parameters' dtype; None keeps the folders'. The bridge, which trains, is float32.
         execution: how the model computes.
     """
 
     eyes: str
     brain: str
+    model_type: str = "llava"
+    grids: tuple[tuple[int, int], ...] | None = None
     projector: str = "mlp2x"
     bridge: str | None = None
     feature_layer: int | tuple[int, ...] = -2
@@ -56,7 +69,7 @@ class LlavaFromParts:
         from mmjax.models.hub import load
         from mmjax.models.llava import Llava
         from mmjax.nn import Execution, parameter_specs
-        from mmjax.training.parts import load_parts
+        from mmjax.training.parts import BRIDGE, load_parts
 
         seeing, eyes, eyes_processor = load(self.eyes, dtype=self.dtype, mesh=mesh)
         tower = _tower(eyes, self.eyes)
@@ -64,7 +77,7 @@ class LlavaFromParts:
         tokenizer = getattr(brain_processor, "tokenizer", None)
         if tokenizer is None:
             raise ConfigError(f"LlavaFromParts.brain: {self.brain} has no tokenizer.json")
-        tokenizer = tokenizer.with_special_tokens([IMAGE_TOKEN])
+        tokenizer = tokenizer.with_special_tokens(self._tokens())
         config = self._config(seeing, speaking, tokenizer)
         processor = self._processor(config, eyes_processor, tokenizer)
         model = Llava(config, execution=self.execution or Execution())
@@ -77,7 +90,7 @@ class LlavaFromParts:
             flat |= {f"language_model/{path}": x for path, x in flatten(brain).items()}
             made = {} if self.bridge is None else load_parts(self.bridge, model)
             drawn = jax.random.fold_in(key, zlib.crc32(b"bridge"))
-            bridge = {path: x for path, x in shardings.items() if path.startswith("multi_modal")}
+            bridge = {path: x for path, x in shardings.items() if re.fullmatch(BRIDGE, path)}
             flat |= _new_bridge(model, drawn, bridge, quick_to_compile(mesh))
             flat |= {path: x.astype(jnp.float32) for path, x in made.items()}
             return {path: _placed(flat[path], spec.shape, shardings[path]) for path, spec in specs.items()}
@@ -115,21 +128,38 @@ class LlavaFromParts:
         shardings = flatten(param_shardings(mesh, nested))
         return OpenedModel(model=model, processor=None, shapes=shapes, shardings=shardings, params=dict)
 
+    def _tokens(self) -> list[str]:
+        """Special tokens that the brain does not know."""
+        return [IMAGE_TOKEN, VIDEO_TOKEN] if self.model_type == "llava_onevision" else [IMAGE_TOKEN]
+
     def _config(self, seeing: Any, speaking: Any, tokenizer: Any = None) -> Any:
         """The model's config; without a tokenizer its vocabulary is taken to be full."""
         from mmjax.models.llava import LlavaConfig
 
         vision = getattr(seeing.config, "vision_config", seeing.config)
         text = speaking.config
-        known = text.vocab_size + 1 if tokenizer is None else tokenizer.vocab_size
+        new = self._tokens()
+        known = text.vocab_size + len(new) if tokenizer is None else tokenizer.vocab_size
+        ids = [
+            text.vocab_size + n if tokenizer is None else tokenizer.token_to_id(t) for n, t in enumerate(new)
+        ]
         size = max(text.vocab_size, known)
         if size > text.vocab_size:
             size = -(-size // _MULTIPLE) * _MULTIPLE
         patches = "default" if vision.class_token else "full"
+        tiled = self.model_type != "llava"
+        height, width = pair(vision.image_size, "image_size")
+        grids = _GRIDS.get(self.model_type, ()) if self.grids is None else self.grids
+        if self.grids is not None and not tiled:
+            raise ConfigError("LlavaFromParts.grids: a llava model cuts no images; set model_type=llava_next")
         return LlavaConfig(
+            model_type=self.model_type,  # type: ignore[arg-type]
+            image_grid_pinpoints=tuple((rows * height, columns * width) for rows, columns in grids),
+            vision_aspect_ratio="anyres_max_9" if self.model_type == "llava_onevision" else "anyres",
             vision_config=vision,
             text_config=dataclasses.replace(text, vocab_size=size),
-            image_token_id=text.vocab_size if tokenizer is None else tokenizer.token_to_id(IMAGE_TOKEN),
+            image_token_id=ids[0],
+            video_token_id=ids[1] if len(ids) > 1 else None,
             projector=self.projector,
             vision_feature_layer=self.feature_layer,
             vision_feature_select_strategy=self.feature_select or patches,  # type: ignore[arg-type]
@@ -140,7 +170,7 @@ class LlavaFromParts:
         from mmjax.models.llava import ImageTokens
         from mmjax.models.llava.processor import LlavaProcessor
         from mmjax.vision.processing import ImageProcessor
-        from mmjax.vision.tiles import SquareImageProcessor
+        from mmjax.vision.tiles import SquareImageProcessor, TileImageProcessor
 
         own = getattr(eyes, "image_processor", None)
         if own is None:
@@ -149,8 +179,13 @@ class LlavaFromParts:
         settings = {name: getattr(own, name) for name in names if name != "image_processor_type"}
         if self.template is not None:
             tokenizer = tokenizer.with_chat_template(chat_format(self.template))
+        seeing: Any = SquareImageProcessor(**settings, do_pad=self.pad)
+        if config.tiled:
+            kind = {"llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision"}[config.model_type]
+            settings["image_grid_pinpoints"] = config.image_grid_pinpoints
+            seeing = TileImageProcessor(**settings, image_processor_type=f"{kind}ImageProcessor")
         return LlavaProcessor(
-            SquareImageProcessor(**settings, do_pad=self.pad),
+            seeing,
             tokenizer,
             image_tokens=ImageTokens.of(config),
             image_token=IMAGE_TOKEN,

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
 import mmjax
@@ -239,6 +240,28 @@ def test_eyes_without_a_cls_token_show_all_their_patches(parts, tmp_path):
     for folder, strategy in ((tmp_path, "full"), (parts / "eyes", "default")):
         model = LlavaFromParts(eyes=str(folder), brain=str(parts / "brain")).open_shapes(mesh).model
         assert (model.config.tile_rows, model.config.vision_feature_select_strategy) == (4, strategy)
+
+
+@pytest.mark.parametrize("kind", ["llava_next", "llava_onevision"])
+def test_parts_become_a_model_that_cuts_images_into_tiles(kind, parts, tmp_path):
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    source = LlavaFromParts(eyes=str(parts / "eyes"), brain=str(parts / "brain"), model_type=kind)
+    opened = source.open(None, jax.random.key(0), mesh)
+    params = merge(opened.params())
+    assert "image_newline" in params and source.open_shapes(mesh).shapes == opened.shapes
+    assert max(opened.model.config.image_grid_pinpoints) == ((24, 8) if kind == "llava_next" else (48, 48))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (13, 29, 3), np.uint8))
+    batch = opened.processor(images=image, text="<image>what?")
+    assert batch["pixel_values"].shape[1] > 1
+    expected = opened.model.apply({"params": params}, **batch).logits
+    mmjax.save(tmp_path, opened.model, params, opened.processor)
+    model, again, processor = mmjax.load(tmp_path)
+    assert model.config == opened.model.config
+    same = processor(images=image, text="<image>what?")
+    np.testing.assert_array_equal(same["pixel_values"], batch["pixel_values"])
+    np.testing.assert_array_equal(model.apply({"params": again}, **same).logits, expected)
+    with pytest.raises(ConfigError, match="LlavaFromParts.grids: a llava model cuts no images"):
+        dataclasses.replace(source, model_type="llava", grids=((1, 2),)).open_shapes(mesh)
 
 
 def test_plans_see_the_shapes_that_a_run_has(parts, aligned):
