@@ -186,10 +186,7 @@ class InstructionData:
             model: `Llava`.
         """
         config, length = model.config, self.sequence_length
-        of_one = 1 + max(
-            (h * w // (config.tile[0] * config.tile[1]) for h, w in config.image_grid_pinpoints), default=0
-        )
-        of_one = of_one if config.tiled else 1
+        of_one = config.tiles_per_image
         many = max(length // config.tile_rows, 1) if self.tiles_per_row is None else self.tiles_per_row
         tiles = of_one if self.arrange == "group" else max(many, of_one)
         batch = example_row(length)

@@ -79,13 +79,18 @@ def table_of(inputs: Mapping[str, Any], rows: int) -> FeatureTable:
     return FeatureTable(rows=rows, images=lead[0], tiles=lead[1], videos=films[0], frames=films[1])
 
 
-def rounded(inputs: dict[str, Any], rows: int) -> dict[str, Any]:
+def rounded(inputs: dict[str, Any], rows: int, tiles: int = 1) -> dict[str, Any]:
     """The arguments with images, tiles, videos and frames rounded up, so that there are few shapes.
 
-    Images become a power of two; tiles one more than that, since the whole image is one of them.
+    Images, videos and frames become a power of two; images that are cut get as many tiles as one can have.
+
+    Args:
+        inputs: arguments of a model, with image_index where there are images.
+        rows: P.
+        tiles: the most that an image can have.
 
     >>> pixels, index = np.ones((3, 4, 2, 2, 3)), np.array([[[0], [12]]])
-    >>> more = rounded({"pixel_values": pixels, "image_index": index}, 1)
+    >>> more = rounded({"pixel_values": pixels, "image_index": index}, 1, tiles=5)
     >>> more["pixel_values"].shape, more["image_index"][0, :, 0].tolist()
     ((4, 5, 2, 2, 3), [0, 20])
     """
@@ -95,7 +100,7 @@ def rounded(inputs: dict[str, Any], rows: int) -> dict[str, Any]:
     new = FeatureTable(
         rows=rows,
         images=_power(old.images),
-        tiles=old.tiles if old.tiles < 2 else 1 + _power(old.tiles - 1),
+        tiles=old.tiles if old.tiles < 2 else max(old.tiles, tiles),
         videos=_power(old.videos),
         frames=_power(old.frames),
     )

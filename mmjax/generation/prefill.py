@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mmjax.generation.prompts import text_config
+from mmjax.generation.tiles import look
 from mmjax.nn.cache import fill_slots, first_slots
 from mmjax.nn.rope import depends_on_length
 
@@ -34,6 +35,7 @@ def read_prompt(
     Returns:
         The logits after the prompts' last tokens, float32 [B, V], and the cache, whose cursor is after them.
     """
+    inputs = look(model, params, inputs)
     mask = inputs["attention_mask"]
     cursor = cache.cursor
     if not in_pieces(model, mask.shape[1]):

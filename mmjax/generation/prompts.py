@@ -103,7 +103,8 @@ def prepare(batch: Mapping[str, Any], most: int | None = None, model: Any = None
     if ids is not None:
         inputs["input_ids"] = ids.astype(np.int32)
     if model is not None and "image_index" in inputs:
-        inputs = images.rounded(inputs, model.config.tile_rows)
+        config = model.config
+        inputs = images.rounded(inputs, config.tile_rows, getattr(config, "tiles_per_image", 1))
     return Prompts(inputs, length, len(mask))
 
 

@@ -25,6 +25,7 @@ from mmjax.generation.prompts import (
     longest_input,
     prepare,
 )
+from mmjax.generation.tiles import look
 
 Array = jax.Array
 
@@ -163,6 +164,7 @@ def _whole_texts(
     """float32 [B * C, A, V]: what answers [B * C, A] are scored by, of one pass over prompt and answer."""
     apply = functools.partial(model.apply, {"params": params})
     # Images are looked at once: what is repeated is what the decoder reads.
+    inputs = look(model, params, inputs)
     prompt = apply(**inputs, method="embed_inputs"), inputs["attention_mask"] != 0
     embeds, before = repeat_rows(prompt, len(ids) // len(prompt[1]))
     embeds = jnp.concatenate([embeds, apply(input_ids=ids, method="embed_inputs")], axis=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -101,13 +101,17 @@ def stream(
         rest = images.used_only(rest, patches) if "image_index" in rest else rest
         prompts = prepare(rest, longest_input(model), model)
     size, room = prompts.inputs["attention_mask"].shape[1], bucket(max_new_tokens)
-    length = bucket(reused + size + room)
+    length, kept = bucket(reused + size + room), None
     if conversation is not None and reused:
-        # A longer one stays as long: programs are compiled for its length already.
+        # A longer one stays as long: programs are compiled for its length already. It is copied now, since
+        # the stream that it comes from may go on.
         length = max(length, conversation.cache.length)
-        cache = rewind(conversation.cache, np.int32(reused), length=length)
-    else:
-        cache = functools.partial(model.init_cache, prompts.rows, length, cache_dtype(model, params))
+        kept = rewind(conversation.cache, np.int32(reused), length=length)
+
+    def make_cache() -> Any:
+        dtype = cache_dtype(model, params)
+        return model.init_cache(prompts.rows, length, dtype) if kept is None else kept
+
     plan = sampler.plan()
     begin = functools.partial(
         start,
@@ -126,7 +130,7 @@ def stream(
     )
     go_on = functools.partial(resume, params, controls, model=model, plan=plan)
     ids = text["input_ids"][0, : reused + prompts.length].tolist() if "input_ids" in text else None
-    return TokenStream(cache, begin, go_on, max_new_tokens, ids, reused, keys)
+    return TokenStream(make_cache, begin, go_on, max_new_tokens, ids, reused, keys)
 
 
 class TokenStream(Iterator[np.ndarray]):
@@ -140,7 +144,7 @@ class TokenStream(Iterator[np.ndarray]):
 
     def __init__(
         self,
-        cache: Any,
+        make_cache: Callable[[], Any],
         begin: functools.partial[Any],
         go_on: functools.partial[Any],
         limit: int,
@@ -149,7 +153,7 @@ class TokenStream(Iterator[np.ndarray]):
         keys: list[Any] | None,
     ) -> None:
         self.reused = reused
-        self._begin: Any = cache, begin
+        self._begin: Any = make_cache, begin
         self._go_on: Any = go_on
         self._limit, self._ids, self._keys = limit, ids, keys
         self._state: Any = None
@@ -161,8 +165,8 @@ class TokenStream(Iterator[np.ndarray]):
         if self._ended or self._step >= self._limit:
             raise StopIteration
         if self._state is None:
-            cache, begin = self._begin
-            state, self._begin = begin(cache=cache() if callable(cache) else cache), None
+            make_cache, begin = self._begin
+            state, self._begin = begin(cache=make_cache()), None
         else:
             state = self._go_on(self._state, np.int32(self._step + 1))
         self._state = state
@@ -183,9 +187,8 @@ class TokenStream(Iterator[np.ndarray]):
         """
         if self._begin is None:
             raise ConfigError("lower: the stream has begun")
-        cache, begin = self._begin
-        empty = jax.eval_shape(cache if callable(cache) else lambda: cache)
-        first = begin.func.lower(*begin.args, cache=empty, **begin.keywords)
+        make_cache, begin = self._begin
+        first = begin.func.lower(*begin.args, cache=jax.eval_shape(make_cache), **begin.keywords)
         go_on, stop = self._go_on, np.int32(self._step + 1)
         return first, go_on.func.lower(*go_on.args, first.out_info, stop, **go_on.keywords)
 

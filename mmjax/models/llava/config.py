@@ -144,6 +144,13 @@ class LlavaConfig:
         return self.vision_config.num_patches + int(self.vision_config.class_token) - int(dropped)
 
     @property
+    def tiles_per_image(self) -> int:
+        """The most tiles that an image is cut into, the whole one included."""
+        height, width = self.tile
+        cells = [rows * columns // (height * width) for rows, columns in self.image_grid_pinpoints]
+        return 1 + max(cells) if self.tiled else 1
+
+    @property
     def most_tiles(self) -> int | None:
         """How many tiles' features a picture may have before they are scaled down; None: any number."""
         found = _MOST.fullmatch(self.vision_aspect_ratio)
