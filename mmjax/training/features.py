@@ -109,9 +109,10 @@ def eyes_digest(model: Any, params: Mapping[str, Any], image_processor: Any) -> 
         image_processor: what makes pixels of images.
     """
     config = model.config
-    names = ("vision_config", "feature_layers", "vision_feature_select_strategy", "image_grid_pinpoints")
-    seen = repr(([getattr(config, name, None) for name in names], image_processor))
-    return digest(_digest(params), seen)
+    names = ("image_size", "patch_size", "num_attention_heads", "hidden_act", "layer_norm_eps")
+    computed = [getattr(config.vision_config, name) for name in names]
+    seen = config.feature_layers, config.vision_feature_select_strategy, config.image_grid_pinpoints
+    return digest(_digest(params), repr((computed, seen, image_processor.to_dict())))
 
 
 def check_features(

@@ -41,6 +41,7 @@ from mmjax.training import (
     with_parts,
 )
 from mmjax.training.cli import load_experiment, main
+from mmjax.training.features import eyes_digest
 from mmjax.training.lora import merge_lora
 from mmjax.training.parts import BRIDGE
 from mmjax.training.plan_shapes import batch_shapes
@@ -242,23 +243,29 @@ def test_eyes_without_a_cls_token_show_all_their_patches(parts, tmp_path):
         assert (model.config.tile_rows, model.config.vision_feature_select_strategy) == (4, strategy)
 
 
-@pytest.mark.parametrize("kind", ["llava_next", "llava_onevision"])
+@pytest.mark.parametrize("kind", ["llava", "llava_next", "llava_onevision"])
 def test_parts_become_a_model_that_cuts_images_into_tiles(kind, parts, tmp_path):
     mesh = make_mesh({"data": 1}, jax.devices()[:1])
     source = LlavaFromParts(eyes=str(parts / "eyes"), brain=str(parts / "brain"), model_type=kind)
     opened = source.open(None, jax.random.key(0), mesh)
     params = merge(opened.params())
-    assert "image_newline" in params and source.open_shapes(mesh).shapes == opened.shapes
-    assert max(opened.model.config.image_grid_pinpoints) == ((24, 8) if kind == "llava_next" else (48, 48))
+    assert ("image_newline" in params) == (kind != "llava")
+    assert source.open_shapes(mesh).shapes == opened.shapes
+    largest = {"llava": (), "llava_next": (24, 8), "llava_onevision": (48, 48)}[kind]
+    assert max(opened.model.config.image_grid_pinpoints, default=()) == largest
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (13, 29, 3), np.uint8))
     batch = opened.processor(images=image, text="<image>what?")
-    assert batch["pixel_values"].shape[1] > 1
+    assert (batch["pixel_values"].ndim == 5) == (kind != "llava")
     expected = opened.model.apply({"params": params}, **batch).logits
     mmjax.save(tmp_path, opened.model, params, opened.processor)
     model, again, processor = mmjax.load(tmp_path)
     assert model.config == opened.model.config
     same = processor(images=image, text="<image>what?")
     np.testing.assert_array_equal(same["pixel_values"], batch["pixel_values"])
+    # Features that were kept before it was saved are its own.
+    assert eyes_digest(model, again, processor.image_processor) == eyes_digest(
+        opened.model, params, opened.processor.image_processor
+    )
     np.testing.assert_array_equal(model.apply({"params": again}, **same).logits, expected)
     with pytest.raises(ConfigError, match="LlavaFromParts.grids: a llava model cuts no images"):
         dataclasses.replace(source, model_type="llava", grids=((1, 2),)).open_shapes(mesh)
