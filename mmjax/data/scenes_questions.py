@@ -19,11 +19,11 @@ _SHARES = {
     "shape": 2,
     "size": 1,
     "place": 4,
-    "count": 11,
+    "count": 9,
     "relation": 9,
     "word": 2,
     "digit": 2,
-    "presence": 9,
+    "presence": 10,
 }
 _OPPOSITES = {"above": "below", "below": "above", "left": "right", "right": "left"}
 # What a question is about comes last: a small model then has less far to look back for it.
