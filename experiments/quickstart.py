@@ -341,8 +341,8 @@ def _draw_scenes(figure: Any, outcome: Outcome) -> None:
         axis.set_yticks([])
         good = answer == question.answer
         axis.set_title(question.text, fontsize=8)
-        said = f"says {answer}, truth {question.answer}"
-        axis.set_xlabel(said, fontsize=10, color="#2a7f4f" if good else "#c0392b")
+        said = f"says: {answer}\ntruth: {question.answer}"
+        axis.set_xlabel(said, fontsize=9, color="#2a7f4f" if good else "#c0392b")
 
 
 def _draw_kinds(axis: Any, outcome: Outcome) -> None:

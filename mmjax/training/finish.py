@@ -87,7 +87,7 @@ def _evaluate(run: Run, outcome: Outcome) -> Outcome:
         outcome = dataclasses.replace(outcome, metrics=dict(run.experiment.evaluate(outcome)))
         for name, value in outcome.metrics.items():
             if isinstance(value, float | int):
-                run.progress.say(f"{name}: {value:.4g}")
+                run.progress.say(f"{name}: {value:,}" if isinstance(value, int) else f"{name}: {value:.4g}")
     return outcome
 
 
