@@ -8,7 +8,6 @@ import re
 import stat
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -87,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
 def _said(
     options: argparse.Namespace, prompt: str, sampler: Any, folder: Any, stop_ids: tuple[int, ...]
 ) -> Iterator[str]:
-    """Pieces of text that go on with a prompt; programs are compiled while parameters are read."""
+    """Pieces of text that go on with a prompt."""
     import jax
 
     from mmjax.generation import stream, stream_text
@@ -105,25 +104,8 @@ def _said(
     def begin(params: Any) -> Any:
         return stream(folder.model, params, batch, options.max_new_tokens, sampler, key, stop_ids)
 
-    shapes_only = begin(folder.shapes)  # what is wrong with the call is said before anything is read
-
-    def compile_first() -> Any:
-        first, others = shapes_only.lower()
-        later = threads.submit(others.compile)
-        first.compile()
-        return later
-
-    with ThreadPoolExecutor(2) as threads:
-        compiling = threads.submit(compile_first)
-        tokens = begin(folder.read())
-        later = compiling.result()
-
-        def made() -> Iterator[Any]:
-            yield next(tokens)
-            later.result()
-            yield from tokens
-
-        yield from stream_text(made(), processor.tokenizer)
+    begin(folder.shapes)  # what is wrong with the call is said before anything is read
+    return stream_text(begin(folder.read()), processor.tokenizer)
 
 
 def keep_bytes(stream: Any) -> None:

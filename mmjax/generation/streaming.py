@@ -54,7 +54,7 @@ def stream(
 
     Args:
         model, params, batch, max_new_tokens, sampler, key, stop_ids, num_return_sequences, pad_id: as there;
-            no beam search.
+            no beam search. Of the parameters `jax.ShapeDtypeStruct`s are enough to check a call.
         conversation: what the model has read already, one row. `batch` is the whole text so far, with all of
             its images; as much of its beginning as the conversation shares is not computed again. Where the
             positions' scaling depends on the length (dynamic, longrope), texts beyond the original context
@@ -175,22 +175,6 @@ class TokenStream(Iterator[np.ndarray]):
         self._ended = bool(done.all())
         self._made.append(int(tokens[0]))
         return tokens
-
-    def lower(self) -> tuple[Any, Any]:
-        """The programs of the first token and of the others, as `jax.jit`'s `lower` gives them.
-
-        Nothing is computed, and the parameters may be `jax.ShapeDtypeStruct`s. What is compiled of them is
-        there when a stream of the same call needs it, with arrays of these shapes.
-
-        Raises:
-            ConfigError: the first token was made already.
-        """
-        if self._begin is None:
-            raise ConfigError("lower: the stream has begun")
-        make_cache, begin = self._begin
-        first = begin.func.lower(*begin.args, cache=jax.eval_shape(make_cache), **begin.keywords)
-        go_on, stop = self._go_on, np.int32(self._step + 1)
-        return first, go_on.func.lower(*go_on.args, first.out_info, stop, **go_on.keywords)
 
     def close(self) -> None:
         """Make no more tokens."""

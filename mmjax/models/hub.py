@@ -167,7 +167,7 @@ def open_folder(
     execution: Execution | None = None,
     transpose_kernels: bool = False,
 ) -> Iterator[OpenFolder]:
-    """What `load` does in two steps, so that programs can be compiled while parameters are read.
+    """What `load` does in two steps, so that a call can be checked before parameters are read.
 
     Args:
         folder_or_hub_id, dtype, mesh, execution, transpose_kernels: as there.

@@ -28,34 +28,6 @@ def test_a_stream_is_what_generate_returns(sampler):
     np.testing.assert_array_equal(np.stack(pieces, axis=1), whole)
 
 
-@pytest.mark.parametrize("sampler", [Greedy(), Sampling(temperature=1.5, repetition_penalty=1.3)], ids=str)
-def test_programs_are_there_before_the_parameters(sampler, caplog):
-    model, params = language_model()
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    rest = (prompts((5, 70)), 12, sampler, KEY)
-
-    def compiled():
-        found = [record.getMessage() for record in caplog.records]
-        caplog.clear()
-        names = ("start", "resume")
-        return {name for name in names if any(f"compilation of jit({name})" in text for text in found)}
-
-    jax.clear_caches()
-    jax.config.update("jax_log_compiles", True)  # the context manager is one thread's
-    try:
-        for program in stream(model, shapes, *rest).lower():
-            program.compile()
-        assert compiled() == {"start", "resume"}
-        tokens = stream(model, params, *rest)
-        found = np.stack(list(tokens), axis=1)
-        assert compiled() == set()
-    finally:
-        jax.config.update("jax_log_compiles", False)
-    np.testing.assert_array_equal(found, mmjax.generate(model, params, *rest)[:, : found.shape[1]])
-    with pytest.raises(ConfigError, match="lower: the stream has begun"):
-        tokens.lower()
-
-
 def test_a_conversation_can_be_gone_on_from_twice():
     """Its cache is copied when a stream is made, so that the first stream may go on after that."""
     model, params = language_model()
