@@ -104,7 +104,7 @@ def _said(
     def begin(params: Any) -> Any:
         return stream(folder.model, params, batch, options.max_new_tokens, sampler, key, stop_ids)
 
-    begin(folder.shapes)  # what is wrong with the call is said before anything is read
+    begin(folder.shapes())  # what is wrong with the call is said before anything is read
     return stream_text(begin(folder.read()), processor.tokenizer)
 
 

@@ -148,13 +148,13 @@ class OpenFolder:
 
     Attributes:
         model, processor: as `load` returns them.
-        shapes: its parameters as `jax.ShapeDtypeStruct`s, without shardings.
-        read: gives the parameters; raises CheckpointError.
+        shapes: gives the parameters as `jax.ShapeDtypeStruct`s, without shardings.
+        read: gives the parameters; both raise CheckpointError.
     """
 
     model: Model
     processor: Processor | None
-    shapes: dict[str, Any]
+    shapes: Callable[[], dict[str, Any]]
     read: Callable[[], dict[str, Any]]
 
 
@@ -195,7 +195,7 @@ def open_folder(
     if opened:
         model, params, processor = opened
         params = transposed.transpose_kernels(params) if transpose_kernels else params
-        shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+        shapes = functools.partial(jax.eval_shape, lambda: params)
         yield OpenFolder(_with_generation(model, folder), processor, shapes, lambda: params)
         return
     with open_tensors(folder) as reader:
@@ -213,7 +213,7 @@ def open_folder(
         yield OpenFolder(
             _with_generation(model, folder),
             Processor.from_folder(folder),
-            param_shapes(reader, rules, specs, **given),
+            functools.partial(param_shapes, reader, rules, specs, **given),
             functools.partial(load_params, reader, rules, specs, mesh=mesh, **given),
         )
 

@@ -61,7 +61,7 @@ def read_kernel(folder, dtype=None):
     with generate.language_model(argparse.Namespace(model=str(folder), dtype=dtype)) as (opened, _):
         params = opened.read()
     assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), opened.shapes
+        lambda x: (x.shape, x.dtype), opened.shapes()
     )
     return params["model"]["layers_0"]["mlp"]["up_proj"]["kernel"]
 
