@@ -1,49 +1,34 @@
-"""Reading a folder's safetensors: every header checked before any tensor is read, nothing executed."""
+"""Reading a folder's weights: every header checked before any tensor is read, nothing executed."""
 
 from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from mmjax.checkpoints.places import DTYPES, Place, aligned
+from mmjax.checkpoints.torch_files import torch_places
 from mmjax.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# What transformers called them before, as torch.save writes them.
+TORCH_WEIGHTS = "pytorch_model.bin"
+TORCH_INDEX = "pytorch_model.bin.index.json"
+#: How files of torch.save are called.
+TORCH = (".bin", ".pt", ".pth")
 # What LLaVA's original repository calls a bridge by itself.
 _BRIDGES = ("mm_projector.bin", "mm_projector.safetensors")
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
-_DTYPES = MappingProxyType(
-    {
-        "F64": np.dtype(np.float64),
-        "F32": np.dtype(np.float32),
-        "F16": np.dtype(np.float16),
-        "BF16": np.dtype(ml_dtypes.bfloat16),
-        "I64": np.dtype(np.int64),
-        "I32": np.dtype(np.int32),
-        "I16": np.dtype(np.int16),
-        "I8": np.dtype(np.int8),
-        "U64": np.dtype(np.uint64),
-        "U32": np.dtype(np.uint32),
-        "U16": np.dtype(np.uint16),
-        "U8": np.dtype(np.uint8),
-        "BOOL": np.dtype(np.bool_),
-    }
-)
+_NOT_READ = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
 # Tensors are read in pieces, several at a time: one reader does not take all that a disk or a cache can give.
 _PIECE_BYTES, _READERS = 4 << 20, 4
-# What XLA asks of an array's first byte on CPU.
-_ALIGNMENT = 64
 
 # Published configs nest about five deep. Deeper ones parse, but exhaust the stack when they are written.
 _MAX_DEPTH = 64
@@ -84,46 +69,51 @@ def _inside(value: Any) -> list[Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up a folder's weights.
+    """The files that make up a folder's weights: safetensors, or else those of torch.save.
 
     Raises:
-        CheckpointError: none, pickled ones only, a bridge only, or an index that is wrong or points outside
-            the folder.
+        CheckpointError: none, those of other kinds only, a bridge only, or an index that is wrong or points
+            outside the folder.
     """
+    found = sorted(folder.glob("*.safetensors"))
+    whole = [path for path in found if path.name not in _BRIDGES]
     if (folder / INDEX).exists():
-        return _indexed_files(folder)
+        return _indexed_files(folder, INDEX)
     if (folder / WEIGHTS).exists():
         return [folder / WEIGHTS]
-    found = sorted(folder.glob("*.safetensors"))
-    _refuse_bridge(folder, found)
-    if len(found) == 1:
-        return found
-    if found:
+    if len(whole) == 1:
+        return whole
+    if whole:
         raise CheckpointError(
-            f"{folder}: {len(found)} safetensors files but no {INDEX} that says which belong together"
+            f"{folder}: {len(whole)} safetensors files but no {INDEX} that says which belong together"
         )
-    pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
-    if pickled:
+    if (folder / TORCH_INDEX).exists():
+        return _indexed_files(folder, TORCH_INDEX)
+    if (folder / TORCH_WEIGHTS).exists():
+        return [folder / TORCH_WEIGHTS]
+    _refuse_bridge(folder)
+    others = sorted(path.name for pattern in _NOT_READ for path in folder.glob(pattern))
+    if others:
         raise CheckpointError(
-            f"{folder / pickled[0]}: only safetensors weights are read, since opening a pickle can run code; "
-            "convert it with transformers' save_pretrained first"
+            f"{folder / others[0]}: only safetensors and {TORCH_WEIGHTS} are read, since opening a "
+            "pickle can run code; convert it with transformers' save_pretrained first"
         )
     raise CheckpointError(f"{folder}: no {WEIGHTS}; the folder has no weights")
 
 
-def _refuse_bridge(folder: Path, found: list[Path]) -> None:
+def _refuse_bridge(folder: Path) -> None:
     """Say what to do with a folder of LLaVA's original repository that has a bridge and no other weights."""
     bridges = [name for name in _BRIDGES if (folder / name).is_file()]
-    others = any(path.name not in _BRIDGES for path in found) or any(folder.glob("pytorch_model*"))
-    if bridges and not others:
+    if bridges:
         raise CheckpointError(
             f"{folder}: {bridges[0]} is a bridge only, without eyes and brain; put it onto a model with "
             "mmjax.training.load_parts, or train from LlavaFromParts(bridge=...)"
         )
 
 
-def _indexed_files(folder: Path) -> list[Path]:
-    index = folder / INDEX
+def _indexed_files(folder: Path, called: str) -> list[Path]:
+    """The files that an index of this name lists."""
+    index, kind = folder / called, "safetensors" if called == INDEX else "bin"
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no weight_map; download the file again")
@@ -134,46 +124,50 @@ def _indexed_files(folder: Path) -> list[Path]:
             or name in ("", ".", "..")
             or "\\" in name
             or "\0" in name
-            or not name.endswith(".safetensors")
+            or not name.endswith("." + kind)
         ):
-            raise CheckpointError(f"{index}: {name!r} is not a safetensors file of this folder; refused")
+            raise CheckpointError(f"{index}: {name!r} is not a {kind} file of this folder; refused")
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name}: named in {INDEX} but missing; download it")
+            raise CheckpointError(f"{folder / name}: named in {called} but missing; download it")
     return [folder / name for name in names]
 
 
+def _safetensors_places(path: Path) -> dict[str, Place]:
+    """Where the tensors of a safetensors file are, as the library finds them to be."""
+    try:
+        with safe_open(path, framework="np") as handle:
+            # In the order of their bytes, between which there is nothing.
+            slices = {name: handle.get_slice(name) for name in handle.offset_keys()}
+            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
+            dtypes = {name: part.get_dtype() for name, part in slices.items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); download it again") from None
+    for name, dtype in dtypes.items():
+        if dtype not in DTYPES:
+            raise CheckpointError(f"{path}: tensor {name} has dtype {dtype}, which is not read")
+    sizes = [Place(dtypes[name], shapes[name], 0).size for name in shapes]
+    begins = itertools.accumulate(sizes, initial=path.stat().st_size - sum(sizes))
+    return {
+        name: Place(dtypes[name], shapes[name], begin) for name, begin in zip(shapes, begins, strict=False)
+    }
+
+
 class _TensorFile:
-    """One safetensors file: what is in it, as the library finds it to be, and where."""
+    """One file: what is in it, and where."""
 
     def __init__(self, path: Path, pool: Executor) -> None:
         self.path, self._pool = path, pool
-        try:
-            with safe_open(path, framework="np") as handle:
-                # In the order of their bytes, between which there is nothing.
-                slices = {name: handle.get_slice(name) for name in handle.offset_keys()}
-                self.shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-                self.dtypes = {name: part.get_dtype() for name, part in slices.items()}
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{self.path}: not a whole safetensors file ({error}); download it again"
-            ) from None
-        for name, dtype in self.dtypes.items():
-            if dtype not in _DTYPES:
-                raise CheckpointError(f"{path}: tensor {name} has dtype {dtype}, which is not read")
-        sizes = [math.prod(self.shapes[name]) * _DTYPES[self.dtypes[name]].itemsize for name in self.shapes]
-        begins = itertools.accumulate(sizes, initial=path.stat().st_size - sum(sizes))
-        self._begins = dict(zip(self.shapes, begins, strict=False))
+        self.places = torch_places(path) if path.suffix in TORCH else _safetensors_places(path)
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, as stored, in memory that jax takes over as it is."""
-        shape, dtype = self.shapes[name], _DTYPES[self.dtypes[name]]
-        values = _aligned(math.prod(shape) * dtype.itemsize)
-        begin = self._begins[name]
+        place = self.places[name]
+        values = aligned(place.size)
 
         def fill(start: int) -> None:
             part = values[start : start + _PIECE_BYTES].data
             with self.path.open("rb", buffering=0) as file:
-                file.seek(begin + start)
+                file.seek(place.begin + start)
                 while part:
                     count = file.readinto(part)
                     if not count:
@@ -184,14 +178,7 @@ class _TensorFile:
             list(self._pool.map(fill, range(0, len(values), _PIECE_BYTES)))
         except OSError as error:
             raise CheckpointError(f"{self.path}: tensor {name} cannot be read ({error})") from None
-        return values.view(dtype).reshape(shape)
-
-
-def _aligned(size: int) -> np.ndarray:
-    """So many bytes, which begin where jax wants arrays to begin: else it copies them."""
-    room = np.empty(size + _ALIGNMENT, np.uint8)
-    begin = -room.ctypes.data % _ALIGNMENT
-    return room[begin : begin + size]
+        return place.tensor(values)
 
 
 class TensorReader:
@@ -209,12 +196,11 @@ class TensorReader:
             self._add(_TensorFile(path, pool))
 
     def _add(self, file: _TensorFile) -> None:
-        for name in file.shapes:
+        for name, place in file.places.items():
             if name in self._owner:
                 raise CheckpointError(f"{file.path}: tensor {name} is also in {self._owner[name].path.name}")
             self._owner[name] = file
-        self.shapes |= file.shapes
-        self.dtypes |= file.dtypes
+            self.shapes[name], self.dtypes[name] = place.shape, place.dtype
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, as stored."""
@@ -222,7 +208,7 @@ class TensorReader:
 
     def dtype(self, name: str) -> np.dtype:
         """What `read` gives."""
-        return _DTYPES[self.dtypes[name]]
+        return DTYPES[self.dtypes[name]]
 
     def file_of(self, name: str) -> Path:
         """The file a tensor is in."""
@@ -237,25 +223,50 @@ def open_tensors(folder: Path) -> Iterator[TensorReader]:
         CheckpointError: see `weight_files`; a file that is cut short, or whose header or offsets lie.
     """
     with ExitStack() as stack:
-        reader = TensorReader(weight_files(folder), stack)
-        if (folder / INDEX).exists():
-            _check_index(folder, reader)
+        files = weight_files(folder)
+        reader = TensorReader(files, stack)
+        index = folder / (INDEX if files[0].suffix == ".safetensors" else TORCH_INDEX)
+        if index.exists():
+            _check_index(index, reader)
         yield reader
 
 
-def _check_index(folder: Path, reader: TensorReader) -> None:
-    weight_map: Mapping[str, str] = read_json(folder / INDEX)["weight_map"]
+def _check_index(index: Path, reader: TensorReader) -> None:
+    weight_map: Mapping[str, str] = read_json(index)["weight_map"]
     for name, file in weight_map.items():
         if name not in reader.shapes:
-            raise CheckpointError(
-                f"{folder / INDEX}: tensor {name} is not in {file}; the index is not of these files"
-            )
+            raise CheckpointError(f"{index}: tensor {name} is not in {file}; the index is not of these files")
         if reader.file_of(name).name != file:
             raise CheckpointError(
-                f"{folder / INDEX}: tensor {name} is not in {file} but in {reader.file_of(name).name}"
+                f"{index}: tensor {name} is not in {file} but in {reader.file_of(name).name}"
             )
     unlisted = sorted(set(reader.shapes) - set(weight_map))
     if unlisted:
-        raise CheckpointError(
-            f"{folder / INDEX}: does not list {unlisted[0]}; the index is not of these files"
-        )
+        raise CheckpointError(f"{index}: does not list {unlisted[0]}; the index is not of these files")
+
+
+class JoinedTensors:
+    """Several sources of tensors as one, some under other names.
+
+    Args:
+        parts: (source, its names as they are called here, to what they are called there).
+    """
+
+    def __init__(self, *parts: tuple[Any, Mapping[str, str]]) -> None:
+        self._owner = {name: (source, inner) for source, names in parts for name, inner in names.items()}
+        self.shapes = {name: source.shapes[inner] for name, (source, inner) in self._owner.items()}
+        self.dtypes = {name: source.dtypes[inner] for name, (source, inner) in self._owner.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor."""
+        source, inner = self._owner[name]
+        return source.read(inner)
+
+    def dtype(self, name: str) -> np.dtype:
+        """What `read` gives."""
+        return DTYPES[self.dtypes[name]]
+
+    def file_of(self, name: str) -> Path:
+        """The file that it is in."""
+        source, inner = self._owner[name]
+        return source.file_of(inner)

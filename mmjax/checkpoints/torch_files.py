@@ -1,7 +1,7 @@
-"""Tensors of a file that torch.save wrote, without running anything that is in it.
+"""What is in a file that torch.save wrote, and where, without running anything that is in it.
 
-Such a file is a zip archive: a pickle that describes tensors, and their bytes beside it. The pickle is read
-with a table of the few names that describe tensors; any other name is refused.
+Such a file is a zip archive: a pickle that describes tensors, and their bytes beside it as they are. The
+pickle is read with a table of the few names that describe tensors; any other name is refused.
 """
 
 from __future__ import annotations
@@ -10,54 +10,64 @@ import collections
 import io
 import math
 import pickle
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
-import ml_dtypes
-import numpy as np
-
+from mmjax.checkpoints.places import DTYPES, Place
 from mmjax.errors import CheckpointError
 
-_STORAGES: Mapping[str, Any] = MappingProxyType(
+# torch's names of what numbers are stored as, to those of safetensors.
+_STORAGES: Mapping[str, str] = MappingProxyType(
     {
-        "DoubleStorage": np.float64,
-        "FloatStorage": np.float32,
-        "HalfStorage": np.float16,
-        "BFloat16Storage": ml_dtypes.bfloat16,
-        "LongStorage": np.int64,
-        "IntStorage": np.int32,
-        "ShortStorage": np.int16,
-        "CharStorage": np.int8,
-        "ByteStorage": np.uint8,
-        "BoolStorage": np.bool_,
+        "DoubleStorage": "F64",
+        "FloatStorage": "F32",
+        "HalfStorage": "F16",
+        "BFloat16Storage": "BF16",
+        "LongStorage": "I64",
+        "IntStorage": "I32",
+        "ShortStorage": "I16",
+        "CharStorage": "I8",
+        "ByteStorage": "U8",
+        "BoolStorage": "BOOL",
     }
 )
 _MOST_PICKLE = 1 << 26
+# A zip's own header before each member: its length, and where it says how long the two names in it are.
+_HEADER, _LENGTHS = 30, 26
 
 
-def _tensor(storage: np.ndarray, offset: int, size: Any, stride: Any, *rest: Any) -> np.ndarray:
+class _Storage(NamedTuple):
+    """Numbers in a row in the file."""
+
+    dtype: str
+    begin: int
+    count: int
+
+
+def _tensor(storage: _Storage, offset: int, size: Any, stride: Any, *rest: Any) -> Place:
     """What torch._utils._rebuild_tensor_v2 makes of a storage, if it lies inside of it."""
     size, stride = tuple(size), tuple(stride)
     numbers = (offset, *size, *stride)
     if len(size) != len(stride) or not all(isinstance(n, int) and n >= 0 for n in numbers):
         raise pickle.UnpicklingError(f"a tensor of size {size} and stride {stride}")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if math.prod(size) and last >= len(storage):
-        raise pickle.UnpicklingError(f"a tensor of size {size} beyond its {len(storage)} values")
-    steps = tuple(step * storage.itemsize for step in stride)
-    view = np.lib.stride_tricks.as_strided(storage[offset:], size, steps, writeable=False)
-    return np.array(view)
+    if math.prod(size) and last >= storage.count:
+        raise pickle.UnpicklingError(f"a tensor of size {size} beyond its {storage.count} values")
+    width = DTYPES[storage.dtype].itemsize
+    steps = tuple(step * width for step in stride)
+    return Place(storage.dtype, size, storage.begin + offset * width, steps)
 
 
 class _Reader(pickle.Unpickler):
     """Reads tensors, and the lists and dicts around them."""
 
-    def __init__(self, data: bytes, archive: zipfile.ZipFile, root: str) -> None:
+    def __init__(self, data: bytes, archive: zipfile.ZipFile, file: BinaryIO, root: str) -> None:
         super().__init__(io.BytesIO(data))
-        self.archive, self.root = archive, root
+        self.archive, self.file, self.root = archive, file, root
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -70,19 +80,27 @@ class _Reader(pickle.Unpickler):
             return name
         raise pickle.UnpicklingError(f"it names {module}.{name}, which is no tensor's")
 
-    def persistent_load(self, entry: Any) -> np.ndarray:
+    def persistent_load(self, entry: Any) -> _Storage:
         kind, storage, key, _, count = entry
         if kind != "storage" or storage not in _STORAGES:
             raise pickle.UnpicklingError(f"a storage of kind {storage!r}")
-        data = self.archive.read(f"{self.root}/data/{key}")
-        values = np.frombuffer(data, np.dtype(_STORAGES[storage]))
-        if len(values) != count:
-            raise pickle.UnpicklingError(f"storage {key} has {len(values)} values and claims {count}")
-        return values
+        member = self.archive.getinfo(f"{self.root}/data/{key}")
+        dtype = _STORAGES[storage]
+        if member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1:
+            raise pickle.UnpicklingError(f"storage {key} is compressed or encrypted")
+        if member.file_size != count * DTYPES[dtype].itemsize:
+            raise pickle.UnpicklingError(
+                f"storage {key} has {member.file_size} bytes and claims {count} values"
+            )
+        self.file.seek(member.header_offset + _LENGTHS)
+        begin = member.header_offset + _HEADER + sum(struct.unpack("<HH", self.file.read(4)))
+        if begin + member.file_size > self.archive.start_dir:
+            raise pickle.UnpicklingError(f"storage {key} ends behind the last")
+        return _Storage(dtype, begin, count)
 
 
-def read_torch_file(path: Path) -> dict[str, np.ndarray]:
-    """Tensors by name.
+def torch_places(path: Path) -> dict[str, Place]:
+    """Where the tensors of a file are, by name.
 
     Args:
         path: a file of torch.save, 1.6 or later, that holds one dict of tensors.
@@ -90,64 +108,27 @@ def read_torch_file(path: Path) -> dict[str, np.ndarray]:
     Raises:
         CheckpointError: it is something else, damaged, or holds anything but tensors.
     """
+    advice = "nothing in it was run; write it as safetensors"
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             pickles = [info for info in archive.infolist() if info.filename.endswith("/data.pkl")]
             if len(pickles) != 1 or pickles[0].file_size > _MOST_PICKLE:
-                raise CheckpointError(f"{path}: not a file of torch.save; write it as safetensors")
+                raise CheckpointError(f"{path}: not a file of torch.save; {advice}")
             root = pickles[0].filename.removesuffix("/data.pkl")
-            found = _Reader(archive.read(pickles[0]), archive, root).load()
+            order = f"{root}/byteorder"
+            if order in archive.namelist() and archive.read(order) != b"little":
+                raise CheckpointError(f"{path}: its numbers are not little-endian; {advice}")
+            found = _Reader(archive.read(pickles[0]), archive, file, root).load()
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except CheckpointError:
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{path}: not read as tensors ({reason}); write it as safetensors") from None
-    if not isinstance(found, dict) or not all(isinstance(value, np.ndarray) for value in found.values()):
-        raise CheckpointError(f"{path}: not one dict of tensors; write it as safetensors")
-    return {str(name): value for name, value in found.items()}
+        raise CheckpointError(f"{path}: not read as tensors ({reason}); {advice}") from None
+    if not isinstance(found, dict) or not all(isinstance(value, Place) for value in found.values()):
+        raise CheckpointError(f"{path}: not one dict of tensors; {advice}")
+    return {str(name): place for name, place in found.items()}
 
 
-class LoadedTensors:
-    """Tensors in memory, read as those of a folder are (see `TensorReader`)."""
-
-    def __init__(self, path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-        kinds = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-        self._path, self._tensors = path, dict(tensors)
-        self.shapes = {name: value.shape for name, value in self._tensors.items()}
-        self.dtypes = {name: kinds.get(str(x.dtype), str(x.dtype)) for name, x in self._tensors.items()}
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor."""
-        return self._tensors[name]
-
-    def file_of(self, name: str) -> Path:
-        """The file that it is from."""
-        return self._path
-
-
-class JoinedTensors:
-    """Several sources of tensors as one, some under other names.
-
-    Args:
-        parts: (source, its names as they are called here, to what they are called there).
-    """
-
-    def __init__(self, *parts: tuple[Any, Mapping[str, str]]) -> None:
-        self._owner = {name: (source, inner) for source, names in parts for name, inner in names.items()}
-        self.shapes = {name: source.shapes[inner] for name, (source, inner) in self._owner.items()}
-        self.dtypes = {name: source.dtypes[inner] for name, (source, inner) in self._owner.items()}
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor."""
-        source, inner = self._owner[name]
-        return source.read(inner)
-
-    def file_of(self, name: str) -> Path:
-        """The file that it is in."""
-        source, inner = self._owner[name]
-        return source.file_of(inner)
-
-
-__all__ = ["JoinedTensors", "LoadedTensors", "read_torch_file"]
+__all__ = ["torch_places"]

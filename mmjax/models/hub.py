@@ -39,6 +39,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Says which ids end an answer, among others: nothing that a model computes with, so it travels as text.
 _GENERATION = "generation_config.json"
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+# Fetched only where there is nothing else; read without running anything in them.
+_TORCH_FILES = ("pytorch_model*.bin",)
 
 
 def find_folder(folder_or_hub_id: str | os.PathLike[str]) -> Path:
@@ -61,12 +63,15 @@ def find_folder(folder_or_hub_id: str | os.PathLike[str]) -> Path:
     if local:
         what = "is a file, not a folder" if path.is_file() else "no such folder"
         raise CheckpointError(
-            f"{name or repr(name)}: {what}; give a folder with config.json and safetensors, or a hub id"
+            f"{name or repr(name)}: {what}; give a folder with config.json and weights, or a hub id"
         )
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+        folder = Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=list(_TORCH_FILES)))
+        return folder
     except Exception as error:  # The errors of its http library change with its version.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
@@ -122,8 +127,9 @@ def load(
     """Open a hub folder.
 
     Args:
-        folder_or_hub_id: a folder with config.json and safetensors; anything that is not a folder here and
-            reads like "name" or "organisation/name" is fetched through huggingface_hub.
+        folder_or_hub_id: a folder with config.json and safetensors, or else pytorch_model.bin (of which
+            only tensors are read); anything that is not a folder here and reads like "name" or
+            "organisation/name" is fetched through huggingface_hub.
         dtype: dtype of the parameters, such as "bfloat16"; None keeps the folder's.
         mesh: put every parameter onto its shards (see `mmjax.parallel`); None means the default device.
         execution: compute dtype, scanned layers, remat; None of them changes the parameters.

@@ -17,7 +17,6 @@ from safetensors.numpy import save_file
 
 from mmjax.checkpoints.files import TensorReader
 from mmjax.checkpoints.rules import expand
-from mmjax.checkpoints.torch_files import LoadedTensors, read_torch_file
 from mmjax.checkpoints.weights import named_tensors
 from mmjax.errors import CheckpointError, ConfigError
 from mmjax.models.family import family_of_model
@@ -28,7 +27,6 @@ from mmjax.training.state import flatten, merge
 PARTS = "parts.safetensors"
 # What a folder's file of parts may be called; the last two are bridges of LLaVA's original repository.
 _FILES = (PARTS, "mm_projector.bin", "mm_projector.safetensors")
-_TORCH = (".bin", ".pt", ".pth")
 BRIDGE = "multi_modal_projector/.*|image_newline"
 """The parameters of a LLaVA model's bridge."""
 
@@ -95,12 +93,10 @@ def load_parts(path: str | os.PathLike[str], model: Any) -> dict[str, jax.Array]
     """
     path = _file_of_parts(Path(path))
     with contextlib.ExitStack() as stack:
-        reader: TensorReader | LoadedTensors
-        if path.suffix in _TORCH:
-            reader = LoadedTensors(path, read_torch_file(path))
-        else:
-            reader = TensorReader([path], stack)
-        return read_parts(reader, model, {name: name for name in reader.shapes}, str(path))
+        reader = TensorReader([path], stack)
+        # What was trained beside an adapter has peft's names.
+        names = {name: name.removeprefix("base_model.model.") for name in reader.shapes}
+        return read_parts(reader, model, names, str(path))
 
 
 def _file_of_parts(path: Path) -> Path:
@@ -132,7 +128,7 @@ def with_parts(params: Mapping[str, Any], parts: Mapping[str, Any]) -> dict[str,
 
 
 def read_parts(
-    reader: TensorReader | LoadedTensors, model: Any, names: Mapping[str, str], where: str
+    reader: TensorReader, model: Any, names: Mapping[str, str], where: str
 ) -> dict[str, jax.Array]:
     """Parameters from tensors of an open file.
 

@@ -22,11 +22,13 @@ from mmjax.models.family import family_of_model
 from mmjax.nn import parameter_specs
 from mmjax.training.lora import TABLE, Adapter, LoraConfig, changed_path
 from mmjax.training.outcome import Outcome
-from mmjax.training.parts import chosen, read_parts
+from mmjax.training.parts import chosen, load_parts, read_parts
 from mmjax.training.peft_names import modules_of, name_in_memory, other_names, shares_matrix, target_names
 from mmjax.training.state import flatten, merge
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# As peft called them before, and what LLaVA's original repository leaves beside them.
+_TORCH_WEIGHTS, _BESIDE_THEM = "adapter_model.bin", "non_lora_trainables.bin"
 _PREFIX = "base_model.model."
 _KEY = re.compile(
     re.escape(_PREFIX) + r"(?P<module>.+)\.lora_((?P<part>[AB])\.weight|embedding_(?P<side>[AB]))"
@@ -53,7 +55,7 @@ def load_adapter(folder: str | os.PathLike[str], model: Any) -> tuple[dict[str, 
     """Open an adapter that peft (or `save_adapter`) wrote.
 
     Args:
-        folder: with adapter_config.json and adapter_model.safetensors.
+        folder: with adapter_config.json and adapter_model.safetensors (or adapter_model.bin).
         model: the model that it belongs to.
 
     Returns:
@@ -81,8 +83,9 @@ def load_tuned(
         folder, model: as in `load_adapter`.
 
     Returns:
-        The adapter, its config, and the whole parameters, flat by path (see `with_parts`). An adapter of the
-        output or the embedding comes with that matrix, which peft saves along and puts into its base too.
+        The adapter, its config, and the whole parameters, flat by path (see `with_parts`), those of
+        LLaVA's non_lora_trainables.bin among them. An adapter of the output or the embedding comes with
+        that matrix, which peft saves along and puts into its base too.
 
     Raises:
         CheckpointError: as `load_adapter`, but for whole modules.
@@ -92,16 +95,19 @@ def load_tuned(
     hub = read_json(where)
     _check(hub, where)
     modules = modules_of(model)
-    if not (folder / WEIGHTS).is_file():
+    file = next((folder / n for n in (WEIGHTS, _TORCH_WEIGHTS) if (folder / n).is_file()), None)
+    if file is None:
         raise CheckpointError(f"{folder / WEIGHTS}: no such file; save the adapter as safetensors")
     with contextlib.ExitStack() as stack:
-        reader = TensorReader([folder / WEIGHTS], stack)
-        flat, others = _read_changes(reader, model, modules, folder / WEIGHTS)
-        whole = read_parts(reader, model, others, str(folder / WEIGHTS))
+        reader = TensorReader([file], stack)
+        flat, others = _read_changes(reader, model, modules, file)
+        whole = read_parts(reader, model, others, str(file))
     if hub.get("modules_to_save") and not whole:
         raise CheckpointError(
-            f"{where}: modules_to_save={hub['modules_to_save']!r}, but {WEIGHTS} has no tensors of theirs"
+            f"{where}: modules_to_save={hub['modules_to_save']!r}, but {file.name} has no tensors of theirs"
         )
+    if (folder / _BESIDE_THEM).is_file():
+        whole |= load_parts(folder / _BESIDE_THEM, model)
     return merge(flat), _config(hub, flat, modules, where), whole
 
 

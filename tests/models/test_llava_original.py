@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-import pickle
-import zipfile
 
-import ml_dtypes
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -16,78 +12,13 @@ from safetensors.numpy import load_file, save_file
 
 import mmjax
 from mmjax.checkpoints.files import TensorReader
-from mmjax.checkpoints.torch_files import read_torch_file
 from mmjax.commands.info import inspect
 from mmjax.errors import CheckpointError, ConfigError
 from mmjax.models import CLIPConfig, CLIPModel, CLIPTextConfig, Processor
 from mmjax.training import flatten, load_parts
 from tests.generation.seeing import TOKENIZER, make, picture
 from tests.tiny import random_params
-
-
-def write_torch(path, tensors, extra=None):
-    """A file as torch.save writes one: a zip of a pickle and of the tensors' bytes."""
-    kinds = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage"}
-    out = io.BytesIO()
-    writer = pickle._Pickler(out, protocol=2)
-
-    def reference(module, name):
-        out_name = f"c{module}\n{name}\n".encode()
-        writer.write(out_name)
-
-    with zipfile.ZipFile(path, "w") as archive:
-        writer.write(pickle.PROTO + b"\x02" + pickle.EMPTY_DICT + pickle.MARK)
-        for number, (name, value) in enumerate(tensors.items()):
-            archive.writestr(f"archive/data/{number}", value.tobytes())
-            writer.save(name)
-            reference("torch._utils", "_rebuild_tensor_v2")
-            writer.write(pickle.MARK + pickle.MARK)
-            writer.save("storage")
-            reference("torch", kinds[str(value.dtype)])
-            writer.save(str(number))
-            writer.save("cpu")
-            writer.save(value.size)
-            writer.write(pickle.TUPLE + pickle.BINPERSID)
-            writer.save(0)
-            for numbers in (value.shape, tuple(s // value.itemsize for s in value.strides)):
-                writer.write(pickle.MARK)
-                for n in numbers:
-                    writer.save(n)
-                writer.write(pickle.TUPLE)
-            writer.write(pickle.NEWFALSE)
-            reference("collections", "OrderedDict")
-            writer.write(pickle.EMPTY_TUPLE + pickle.REDUCE + pickle.TUPLE + pickle.REDUCE)
-        writer.write(pickle.SETITEMS)
-        if extra is not None:
-            reference(*extra)
-            writer.write(b"(Vecho\ntR")
-        writer.write(pickle.STOP)
-        archive.writestr("archive/data.pkl", out.getvalue())
-
-
-def test_tensors_of_a_torch_file(tmp_path):
-    numbers = np.random.default_rng(0)
-    tensors = {
-        "a": numbers.standard_normal((3, 4)).astype(np.float32),
-        "b": numbers.standard_normal(5).astype(ml_dtypes.bfloat16),
-    }
-    write_torch(tmp_path / "x.bin", tensors)
-    found = read_torch_file(tmp_path / "x.bin")
-    assert found.keys() == tensors.keys()
-    for name, value in tensors.items():
-        assert found[name].dtype == value.dtype
-        np.testing.assert_array_equal(found[name], value)
-
-
-def test_a_torch_file_runs_nothing(tmp_path):
-    write_torch(tmp_path / "x.bin", {"a": np.zeros(2, np.float32)}, extra=("os", "system"))
-    with pytest.raises(CheckpointError, match="it names os.system, which is no tensor's"):
-        read_torch_file(tmp_path / "x.bin")
-    (tmp_path / "y.bin").write_bytes(b"no zip")
-    with pytest.raises(CheckpointError, match=r"y.bin: not read as tensors"):
-        read_torch_file(tmp_path / "y.bin")
-    with pytest.raises(CheckpointError, match="no such file"):
-        read_torch_file(tmp_path / "z.bin")
+from tests.torch_writer import write_torch
 
 
 @pytest.fixture(params=["llava", "llava_next"])
@@ -254,8 +185,9 @@ def test_a_folder_of_a_bridge_says_what_it_is(original):
     with pytest.raises(CheckpointError, match=words):
         mmjax.load(folder)
     assert_bridge(load_parts(folder, model), params)
+    (folder / "config.json").write_text(json.dumps(hub))
     (folder / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(CheckpointError, match="only safetensors weights are read"):
+    with pytest.raises(CheckpointError, match="pytorch_model.bin: not read as tensors"):
         mmjax.load(folder)
 
 

@@ -48,8 +48,8 @@ from mmjax.training.plan_shapes import batch_shapes
 from mmjax.training.state import merge
 from mmjax.vision import ImageProcessor
 from tests.data.seeing import WORDS, row, write_images, write_rows
-from tests.models.test_llava_original import write_torch
 from tests.tiny import random_params
+from tests.torch_writer import write_torch
 
 FOLDER = Path(__file__).parents[2] / "experiments"
 SIZES: dict[str, Any] = {

@@ -16,8 +16,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mmjax.checkpoints.files import open_tensors, read_json, weight_files
-from mmjax.checkpoints.torch_files import JoinedTensors
+from mmjax.checkpoints.files import JoinedTensors, open_tensors, read_json, weight_files
 from mmjax.checkpoints.weights import load_params
 from mmjax.errors import CheckpointError, ConfigError
 from mmjax.models.family import family_of_type
@@ -135,7 +134,7 @@ def open_original(folder: Path, hub: Mapping[str, Any], find: Any) -> Iterator[t
     """The config and the tensors of an original folder, those of its eyes among them.
 
     Args:
-        folder: with config.json and safetensors.
+        folder: with config.json and weights.
         hub: its config.json.
         find: name of a folder or hub id to a folder.
 
