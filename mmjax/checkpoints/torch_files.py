@@ -45,7 +45,7 @@ class _Storage(NamedTuple):
 
     dtype: str
     begin: int
-    count: int
+    values: int
 
 
 def _tensor(storage: _Storage, offset: int, size: Any, stride: Any, *rest: Any) -> Place:
@@ -55,8 +55,8 @@ def _tensor(storage: _Storage, offset: int, size: Any, stride: Any, *rest: Any) 
     if len(size) != len(stride) or not all(isinstance(n, int) and n >= 0 for n in numbers):
         raise pickle.UnpicklingError(f"a tensor of size {size} and stride {stride}")
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-    if math.prod(size) and last >= storage.count:
-        raise pickle.UnpicklingError(f"a tensor of size {size} beyond its {storage.count} values")
+    if math.prod(size) and last >= storage.values:
+        raise pickle.UnpicklingError(f"a tensor of size {size} beyond its {storage.values} values")
     width = DTYPES[storage.dtype].itemsize
     steps = tuple(step * width for step in stride)
     return Place(storage.dtype, size, storage.begin + offset * width, steps)

@@ -1,4 +1,4 @@
-"""Vocabularies that the `tokenizers` library runs: tokenizer.json, and CLIP's older files."""
+"""Vocabularies that the `tokenizers` library runs."""
 
 from __future__ import annotations
 
@@ -8,20 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import models
 
 from mmjax.errors import CheckpointError
 from mmjax.language.tokenizer_config import (
     CLASS_DEFAULTS,
-    CLIP_END,
     added_tokens,
     class_of,
-    content_of,
     named_tokens,
-    read_json,
 )
 
-_CLIP_SPLIT = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 # A noncharacter of Unicode: no vocabulary has a use for it.
 _NO_TOKEN = "\ufdee"
 
@@ -82,7 +78,9 @@ class FastBackend:
         for token in self._tokenizer.get_added_tokens_decoder().values():
             loose = token.rstrip or token.lstrip or token.single_word or token.normalized
             if token.special and not (loose or begins or self._tokenizer.encode_special_tokens):
-                return token.content, True
+                after = self._tokenizer.encode(token.content + "x", add_special_tokens=False).tokens
+                spaced = "".join(after[1:2]).startswith("\u2581")
+                return (_NO_TOKEN, False) if spaced else (token.content, True)
         return _NO_TOKEN, False
 
     @functools.cached_property
@@ -138,44 +136,6 @@ class FastReader:
         places = ((max(begin - len(before), 0), end - len(before)) for begin, end in found.offsets)
         named = ((self._contents[n], *place) for n, place in zip(found.ids, places, strict=True))
         return [(token, begin, end) for token, begin, end in named if end > 0]
-
-
-def clip_model(vocab: dict[str, int], merges: list[tuple[str, str]]) -> models.BPE:
-    """CLIP's byte-pair model: the last piece of a word carries a mark."""
-    return models.BPE(
-        vocab, merges, unk_token=CLIP_END, continuing_subword_prefix="", end_of_word_suffix="</w>"
-    )
-
-
-def clip_tokenizer(model: models.BPE, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """CLIP's steps around a byte-pair model: lower case, split, start and end (if the model has them)."""
-    tokenizer = tokenizers.Tokenizer(model)
-    spaces = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
-    split = pre_tokenizers.Split(tokenizers.Regex(_CLIP_SPLIT), behavior="removed", invert=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    start, end = content_of(config["bos_token"]), content_of(config["eos_token"])
-    start_id, end_id = (token and tokenizer.token_to_id(token) for token in (start, end))
-    if start and end and isinstance(start_id, int) and isinstance(end_id, int):
-        tokenizer.post_processor = processors.RobertaProcessing(
-            (end, end_id), (start, start_id), trim_offsets=False, add_prefix_space=False
-        )
-    return tokenizer
-
-
-def open_clip_files(folder: Path, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """CLIP's older form: vocab.json and merges.txt."""
-    vocab = read_json(folder / "vocab.json")
-    try:
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-        pairs = [line.split(" ") for line in lines if line.strip() and not line.startswith("#version")]
-        merges = [(left, right) for left, right in pairs]
-        return clip_tokenizer(clip_model(vocab, merges), config)
-    except Exception as error:  # the library raises plain exceptions
-        raise CheckpointError(f"{folder}/merges.txt does not fit vocab.json ({error})") from error
 
 
 def open_fast(path: Path, config: dict[str, Any]) -> tuple[FastBackend, dict[str, Any]]:

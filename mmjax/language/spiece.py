@@ -1,4 +1,4 @@
-"""SigLIP's sentencepiece vocabulary, read through the optional `sentencepiece` package."""
+"""SigLIP's sentencepiece vocabulary."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from typing import Any
 from tokenizers import AddedToken
 
 from mmjax.errors import CheckpointError
-from mmjax.language.tokenizer_config import added_tokens, content_of, named_tokens
+from mmjax.language.tokenizer_config import (
+    CLASS_DEFAULTS,
+    OTHER_TOKENIZER,
+    added_tokens,
+    class_of,
+    content_of,
+    named_tokens,
+)
 
 _UNDERLINE = "\u2581"
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -29,7 +36,7 @@ class SiglipPieces:
         options: Keyword arguments of SentencePieceProcessor (`sp_model_kwargs`).
 
     Raises:
-        CheckpointError: The package is missing, or the file is damaged.
+        CheckpointError: The file is damaged.
     """
 
     is_byte_pair = False
@@ -45,10 +52,9 @@ class SiglipPieces:
         lower_case: bool = True,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        try:
-            import sentencepiece
-        except ImportError as error:
-            raise CheckpointError(f"{path}: to read this vocabulary, pip install sentencepiece") from error
+        # Imported where it is used: most folders need not wait for it.
+        import sentencepiece
+
         if (options or {}).get("enable_sampling"):
             raise CheckpointError(
                 f"{path.parent}: sp_model_kwargs.enable_sampling is not supported: remove it"
@@ -138,17 +144,22 @@ class SiglipPieces:
         return tokens[self._unk_length :] if len(tokens) >= self._unk_length else tokens
 
 
-def open_pieces(path: Path, config: Mapping[str, Any]) -> SiglipPieces:
+def open_pieces(path: Path, config: Mapping[str, Any]) -> tuple[SiglipPieces, dict[str, Any]]:
+    """Open a spiece.model; what SiglipTokenizer assumes goes into the configuration."""
+    kind = class_of(config) or "SiglipTokenizer"
+    if kind != "SiglipTokenizer":
+        raise CheckpointError(f"{path}: read for SiglipTokenizer, not for {kind}; {OTHER_TOKENIZER}")
+    config = {**CLASS_DEFAULTS[kind], **config, "tokenizer_class": kind}
     unk, eos = content_of(config["unk_token"]), content_of(config["eos_token"])
     if not unk or not eos:
         raise CheckpointError(f"{path.parent}/tokenizer_config.json: unk_token and eos_token are needed")
-    added = {number: token for number, token in added_tokens(config)}
-    return SiglipPieces(
+    pieces = SiglipPieces(
         path,
-        added,
+        dict(added_tokens(config)),
         [token.content for token in named_tokens(config)],
         unk=unk,
         eos=eos,
         lower_case=bool(config.get("do_lower_case", True)),
         options=config.get("sp_model_kwargs"),
     )
+    return pieces, config

@@ -13,8 +13,10 @@ from tokenizers import pre_tokenizers, trainers
 
 from mmjax.errors import CheckpointError, ConfigError, DataError
 from mmjax.language.batching import Layout, checked_texts, max_length_of, side_of
-from mmjax.language.fast import FastBackend, clip_model, clip_tokenizer, open_clip_files, open_fast
+from mmjax.language.byte_pairs import clip_model, clip_tokenizer, open_byte_pairs
+from mmjax.language.fast import FastBackend, open_fast
 from mmjax.language.spiece import open_pieces
+from mmjax.language.spm import open_spm
 from mmjax.language.tokenizer_config import (
     CLASS_DEFAULTS,
     CLIP_END,
@@ -105,7 +107,8 @@ class Tokenizer:
         """Open the tokenizer of a hub folder.
 
         Args:
-            folder: Has tokenizer.json, or vocab.json and merges.txt (CLIP), or spiece.model (SigLIP), and
+            folder: Has tokenizer.json, or vocab.json and merges.txt (CLIP, GPT-2 and OPT, Qwen2), or
+                spiece.model (SigLIP), or tokenizer.model (LLaMA and others: sentencepiece's byte pairs), and
                 optionally tokenizer_config.json and special_tokens_map.json.
             tokenizer_class: transformers' class, where tokenizer_config.json does not name it.
 
@@ -125,12 +128,14 @@ class Tokenizer:
         if (folder / "tokenizer.json").is_file():
             return cls(*open_fast(folder / "tokenizer.json", config))
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            config = {**CLASS_DEFAULTS["CLIPTokenizer"], **config, "tokenizer_class": "CLIPTokenizer"}
-            return cls(FastBackend(open_clip_files(folder, config), config), config)
+            tokenizer, config = open_byte_pairs(folder, config)
+            return cls(FastBackend(tokenizer, config), config)
         if (folder / "spiece.model").is_file():
-            config = {**CLASS_DEFAULTS["SiglipTokenizer"], **config, "tokenizer_class": "SiglipTokenizer"}
-            return cls(open_pieces(folder / "spiece.model", config), config)
-        wanted = "tokenizer.json, vocab.json with merges.txt, or spiece.model"
+            return cls(*open_pieces(folder / "spiece.model", config))
+        if (folder / "tokenizer.model").is_file():
+            tokenizer, config = open_spm(folder / "tokenizer.model", config)
+            return cls(FastBackend(tokenizer, config), config)
+        wanted = "tokenizer.json, vocab.json with merges.txt, spiece.model, or tokenizer.model"
         raise CheckpointError(f"{folder}: no tokenizer in this folder: expected {wanted}")
 
     def save(self, folder: str | Path) -> None:

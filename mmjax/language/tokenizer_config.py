@@ -14,6 +14,9 @@ from mmjax.errors import CheckpointError
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 
+#: What to do with a vocabulary that is not read.
+OTHER_TOKENIZER = "write the folder's tokenizer.json with transformers' AutoTokenizer and save_pretrained"
+
 #: What transformers' classes assume where a folder says nothing.
 CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
     "CLIPTokenizer": {
@@ -28,6 +31,8 @@ CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
         "pad_token": "</s>",
         "model_max_length": 64,
     },
+    "LlamaTokenizer": {"padding_side": "left"},
+    "GemmaTokenizer": {"padding_side": "left"},
 }
 
 

@@ -24,11 +24,21 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "spiece.model",
+    "tokenizer.model",
 )
 
 # What transformers takes for a model type where the processor files name no class.
 _IMAGE_TYPES = {"clip": "CLIPImageProcessor", "vit": "ViTImageProcessor", "siglip": "SiglipImageProcessor"}
-_TOKENIZER_CLASSES = {"clip": "CLIPTokenizer", "siglip": "SiglipTokenizer"}
+_TOKENIZER_CLASSES = {
+    "clip": "CLIPTokenizer",
+    "siglip": "SiglipTokenizer",
+    "opt": "GPT2Tokenizer",
+    "qwen2": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
+    "llama": "LlamaTokenizer",
+    "gemma": "GemmaTokenizer",
+    "gemma2": "GemmaTokenizer",
+}
 _PROCESSOR_CLASSES = {"CLIPImageProcessor": "CLIPProcessor", "SiglipImageProcessor": "SiglipProcessor"}
 
 

@@ -248,13 +248,6 @@ def test_damaged_old_folders_are_named(folder: Path) -> None:
         Tokenizer.from_folder(folder)
 
 
-def test_sentencepiece_is_asked_for_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "spiece.model").write_bytes(b"")
-    monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(CheckpointError, match="pip install sentencepiece"):
-        Tokenizer.from_folder(tmp_path)
-
-
 def test_training_lays_the_vocabulary_out_as_clip_does() -> None:
     tokenizer = train_clip_tokenizer(CORPUS, vocab_size=530, max_length=9)
     assert (tokenizer.vocab_size, tokenizer.model_max_length) == (530, 9)
