@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
@@ -17,6 +18,7 @@ from mmjax.errors import CheckpointError, ConfigError
 from mmjax.models import CLIPConfig, CLIPModel, CLIPTextConfig, Processor
 from mmjax.training import flatten, load_parts
 from tests.generation.seeing import TOKENIZER, make, picture
+from tests.language.spm_models import spm_model
 from tests.tiny import random_params
 from tests.torch_writer import write_torch
 
@@ -84,6 +86,37 @@ def test_an_original_folder_opens_and_goes_to_the_other_layout(original, tmp_pat
     back, back_params, opened = mmjax.load(tmp_path / "back")
     assert back.config.model_type == model.config.model_type and opened.image_tokens == processor.image_tokens
     np.testing.assert_array_equal(back.apply({"params": back_params}, **again).logits, expected)
+
+
+def test_an_original_folder_as_it_was_published(original):
+    """Its weights in files of torch.save, its tokenizer a sentencepiece model."""
+    folder, model, params, _ = original
+    tensors = load_file(folder / "model.safetensors")
+    half = dict(list(tensors.items())[::2])
+    files = {
+        "pytorch_model-00001-of-00002.bin": half,
+        "pytorch_model-00002-of-00002.bin": {n: x for n, x in tensors.items() if n not in half},
+    }
+    for file, part in files.items():
+        write_torch(folder / file, part)
+    weight_map = {name: file for file, part in files.items() for name in part}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    for name in ("model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True}
+    (folder / "tokenizer.model").write_bytes(spm_model(vocab_size=400))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    hub = json.loads((folder / "config.json").read_text())
+    size = hub["vocab_size"]
+    found, found_params, processor = mmjax.load(folder)
+    jax.tree.map(np.testing.assert_array_equal, found_params["vision_tower"], params["vision_tower"])
+    table = found_params["language_model"]["model"]["embed_tokens"]["embedding"]
+    np.testing.assert_array_equal(
+        table[:size], params["language_model"]["model"]["embed_tokens"]["embedding"]
+    )
+    batch = processor(images=picture(9, 20), text="<image>a cat")
+    ids = batch["input_ids"][0].tolist()
+    assert ids[0] == 1 and processor.image_token_id == max(ids) >= 259
 
 
 def test_its_headers_say_what_it_holds(original, monkeypatch):

@@ -179,6 +179,31 @@ def test_full_tuning_moves_bridge_and_brain_and_not_the_eyes(parts, aligned, tmp
         assert same == path.startswith("vision_tower"), path
 
 
+def test_an_adapter_of_the_original_repository_goes_onto_the_base(parts, aligned, tmp_path):
+    """There it is in files of torch.save, what was trained whole in one of its own."""
+    flags = [f"--model.path={aligned}", "--lora=true", "--adapter.rank=2", "--model.dtype=float32"]
+    tuned = run("llava_1_5_instruction", tmp_path, parts, *flags)
+    model, _, _ = mmjax.load(aligned)
+    expected = load_tuned(tuned, model)
+    file = tuned / "adapter_model.safetensors"
+    tensors = load_file(file)
+    file.unlink()
+    (adapter, beside), layers = ({}, {}), {"linear_1": "mm_projector.0", "linear_2": "mm_projector.2"}
+    for name, value in tensors.items():
+        if ".lora_" in name:
+            adapter[name.replace("language_model.model.", "")] = value
+        else:
+            layer = next(layer for layer in layers if layer in name)
+            beside[f"base_model.model.model.{layers[layer]}.{name.rpartition('.')[2]}"] = value
+    write_torch(tuned / "adapter_model.bin", adapter)
+    write_torch(tuned / "non_lora_trainables.bin", beside)
+    hub = json.loads((tuned / "adapter_config.json").read_text())
+    (tuned / "adapter_config.json").write_text(json.dumps({**hub, "modules_to_save": None}))
+    found = load_tuned(tuned, model)
+    assert len(found[2]) == 4
+    jax.tree.map(np.testing.assert_array_equal, (found[0], found[2]), (expected[0], expected[2]))
+
+
 def test_lora_leaves_a_small_folder_that_goes_onto_the_base(parts, aligned, tmp_path):
     flags = [f"--model.path={aligned}", "--lora=true", "--adapter.rank=2", "--model.dtype=float32"]
     flags += ["--adapter.dropout=0", f"--data.test_path={parts / 'rows.json'}"]
