@@ -35,7 +35,7 @@ class LlavaFromParts:
 
     Args:
         eyes: folder or hub id of a model with a vision transformer, such as CLIP.
-        brain: folder or hub id of a causal language model; safetensors and tokenizer.json.
+        brain: folder or hub id of a causal language model; with a tokenizer.
         model_type: "llava" (1.0, 1.5), "llava_next" or "llava_onevision".
         grids: (rows, columns) of tiles that images are cut into, where they are; None: those of the published
             models.
@@ -65,38 +65,43 @@ class LlavaFromParts:
     execution: Any = None
 
     def open(self, data: Any, key: jax.Array, mesh: Mesh) -> OpenedModel:
-        """Load both folders into the mesh, and put the bridge between them."""
-        from mmjax.models.hub import load
+        """Read all but the weights of both folders; with a bridge between they are read when asked for."""
+        from mmjax.models.hub import find_folder, load, open_folder
         from mmjax.models.llava import Llava
         from mmjax.nn import Execution, parameter_specs
         from mmjax.training.parts import BRIDGE, load_parts
 
-        seeing, eyes, eyes_processor = load(self.eyes, dtype=self.dtype, mesh=mesh)
-        tower = _tower(eyes, self.eyes)
-        speaking, brain, brain_processor = load(self.brain, dtype=self.dtype, mesh=mesh)
-        tokenizer = getattr(brain_processor, "tokenizer", None)
+        folders = find_folder(self.eyes), find_folder(self.brain)
+        with open_folder(folders[0], self.dtype, mesh) as seeing:
+            tower = flatten(_tower(seeing.shapes(), self.eyes))
+        with open_folder(folders[1], self.dtype, mesh) as speaking:
+            brain = flatten(speaking.shapes())
+        tokenizer = getattr(speaking.processor, "tokenizer", None)
         if tokenizer is None:
-            raise ConfigError(f"LlavaFromParts.brain: {self.brain} has no tokenizer.json")
+            raise ConfigError(f"LlavaFromParts.brain: {self.brain} has no tokenizer")
         tokenizer = tokenizer.with_special_tokens(self._tokens())
-        config = self._config(seeing, speaking, tokenizer)
-        processor = self._processor(config, eyes_processor, tokenizer)
+        config = self._config(seeing.model, speaking.model, tokenizer)
+        processor = self._processor(config, seeing.processor, tokenizer)
         model = Llava(config, execution=self.execution or Execution())
         nested = parameter_specs(model)
         specs = flatten(nested)
         shardings: dict[str, NamedSharding] = flatten(param_shardings(mesh, nested))
 
         def params() -> dict[str, jax.Array]:
-            flat = {f"vision_tower/{path}": x for path, x in flatten(tower).items()}
-            flat |= {f"language_model/{path}": x for path, x in flatten(brain).items()}
+            eyes, speaks = (load(folder, self.dtype, mesh)[1] for folder in folders)
+            flat = {f"vision_tower/{path}": x for path, x in flatten(_tower(eyes, self.eyes)).items()}
+            flat |= {f"language_model/{path}": x for path, x in flatten(speaks).items()}
             made = {} if self.bridge is None else load_parts(self.bridge, model)
             drawn = jax.random.fold_in(key, zlib.crc32(b"bridge"))
             bridge = {path: x for path, x in shardings.items() if re.fullmatch(BRIDGE, path)}
             flat |= _new_bridge(model, drawn, bridge, quick_to_compile(mesh))
             flat |= {path: x.astype(jnp.float32) for path, x in made.items()}
-            return {path: _placed(flat[path], spec.shape, shardings[path]) for path, spec in specs.items()}
+            return {
+                path: _placed(flat.pop(path), spec.shape, shardings[path]) for path, spec in specs.items()
+            }
 
-        kept = {f"vision_tower/{path}": x.dtype for path, x in flatten(tower).items()}
-        kept |= {f"language_model/{path}": x.dtype for path, x in flatten(brain).items()}
+        kept = {f"vision_tower/{path}": x.dtype for path, x in tower.items()}
+        kept |= {f"language_model/{path}": x.dtype for path, x in brain.items()}
         shapes = {
             path: jax.ShapeDtypeStruct(spec.shape, kept.get(path, jnp.float32))
             for path, spec in specs.items()

@@ -179,8 +179,7 @@ class Run:
                 self.progress.say(f"resumed from {self.store.path(start.checkpoint)}")
                 for line in start.changes:
                     self.progress.say(f"changed since that checkpoint: {line}")
-            self._prepare()
-            state = self._train(start)
+            state = self._train(start, self._prepare())
             self.recorder.flush_to_disk()
             self.progress.close()
             with self.interrupts.raising():
@@ -189,21 +188,28 @@ class Run:
             self.progress.close()
             self.recorder.close()
 
-    def _prepare(self) -> None:
-        """Have the experiment make what its data needs; process 0 does, the others wait."""
-        if self.experiment.prepare is None:
-            return
-        if self.channel.index == 0:
-            params = merge(self.opened.params())
-            with self.interrupts.raising():
-                self.experiment.prepare(outcome_of(self, params, self.mesh), self.progress.say)
-        self.channel.agree(None)
+    def _prepare(self) -> dict[str, jax.Array] | None:
+        """Have the experiment make what its data needs; process 0 does, the others wait.
 
-    def _train(self, start: Start) -> TrainState:
+        Returns:
+            The model's parameters, flat, where they had to be read for it.
+        """
+        if self.experiment.prepare is None:
+            return None
+        params = None
+        if self.channel.index == 0:
+            params = self.opened.params()
+            with self.interrupts.raising():
+                self.experiment.prepare(outcome_of(self, merge(params), self.mesh), self.progress.say)
+        self.channel.agree(None)
+        return params
+
+    def _train(self, start: Start, params: Mapping[str, jax.Array] | None) -> TrainState:
         run = self.stages[start.stage]
         if start.checkpoint is None:
-            state = run.fresh(self.opened.params())
+            state = run.fresh(self.opened.params() if params is None else params)
         else:
+            params = None
             state = run.restore(self.store, start.checkpoint)
         self.interrupts.check()
         cursor, before = start.cursor, start.step - start.cursor.step

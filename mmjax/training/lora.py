@@ -15,7 +15,7 @@ import dataclasses
 import math
 import re
 import zlib
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -298,53 +298,67 @@ class LoraFromFolder(FromFolder):
     int8: bool = False
 
     def open(self, data: Any, key: Array, mesh: Mesh) -> OpenedModel:
-        """Load the folder into the mesh, and put the adapter beside it."""
-        from mmjax.training.parts import chosen, with_parts
-
+        """Read all but the folder's weights; the adapter stands beside them when they are asked for."""
         opened = super().open(data, key, mesh)
-        flat = opened.params()
-        if self.whole:
-            flat |= {path: x.astype("float32") for path, x in chosen(merge(flat), self.whole).items()}
-        base = merge(flat)
-        if self.int8:
-            base = quantize(base)
-        config = self.lora
-        if self.adapter is None:
-            adapter = init_lora(jax.random.fold_in(key, zlib.crc32(b"lora")), base, config)
-        else:
+        own: Any = None
+        config, trained = self.lora, dict[str, Array]()
+        if self.adapter is not None:
             from mmjax.training.peft import load_tuned
 
-            adapter, config, trained = load_tuned(self.adapter, opened.model)
-            base = with_parts(base, trained)
-        flat = _kernels({"base": base, "lora": {self.name: adapter}})
-        whole = replicated(mesh)
-        return OpenedModel(
-            model=LoraModel(opened.model, ((self.name, config),), self.path),  # type: ignore[arg-type]
-            processor=opened.processor,
-            shapes=jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), flat),
-            shardings={path: opened.shardings.get(path.removeprefix("base/"), whole) for path in flat},
-            params=lambda: flat,
-        )
+            own, config, trained = load_tuned(self.adapter, opened.model)
+        key = jax.random.fold_in(key, zlib.crc32(b"lora"))
+
+        def beside(flat: dict[str, Any]) -> dict[str, Any]:
+            # Copies: whoever trains parameters may donate them.
+            made = (lambda base: init_lora(key, base, config)) if own is None else (lambda _: _copy(own))
+            return self._beside(flat, _copy(trained), made)
+
+        shapes = jax.eval_shape(beside, opened.shapes)
+        return self._opened(opened, config, shapes, mesh, lambda: beside(opened.params()))
 
     def open_shapes(self, mesh: Mesh) -> OpenedModel:
         """The same as shapes, for a plan: the folder's headers are read, and a new adapter is taken."""
         from mmjax.training.plan_shapes import folder_shapes
 
         opened = folder_shapes(self, mesh)
-        base = merge(opened.shapes)
+
+        def beside(flat: dict[str, Any]) -> dict[str, Any]:
+            return self._beside(flat, {}, lambda base: init_lora(jax.random.key(0), base, self.lora))
+
+        return self._opened(opened, self.lora, jax.eval_shape(beside, opened.shapes), mesh, dict)
+
+    def _beside(
+        self, flat: dict[str, Any], trained: Mapping[str, Any], adapter: Callable[[dict[str, Any]], Adapter]
+    ) -> dict[str, Any]:
+        """The base's parameters, some of them trained before, and an adapter's, which is made for it."""
+        from mmjax.training.parts import chosen, with_parts
+
+        if self.whole:
+            flat = flat | {path: x.astype("float32") for path, x in chosen(merge(flat), self.whole).items()}
+        base = merge(flat)
         if self.int8:
-            base = jax.eval_shape(quantize, base)
-        adapter = jax.eval_shape(lambda key: init_lora(key, base, self.lora), jax.random.key(0))
-        shapes = _kernels({"base": base, "lora": {self.name: adapter}})
-        wide = re.compile(f"base/({self.whole})" if self.whole else "(?!)")
-        for path in filter(wide.fullmatch, shapes):
-            shapes[path] = jax.ShapeDtypeStruct(shapes[path].shape, "float32")
+            base = quantize(base)
+        made = adapter(base)
+        base = with_parts(base, trained) if trained else base
+        return _kernels({"base": base, "lora": {self.name: made}})
+
+    def _opened(
+        self,
+        opened: OpenedModel,
+        config: LoraConfig,
+        shapes: dict[str, Any],
+        mesh: Mesh,
+        params: Callable[[], dict[str, Any]],
+    ) -> OpenedModel:
+        whole = replicated(mesh)
         return OpenedModel(
-            model=LoraModel(opened.model, ((self.name, self.lora),), self.path),  # type: ignore[arg-type]
-            processor=None,
+            model=LoraModel(opened.model, ((self.name, config),), self.path),  # type: ignore[arg-type]
+            processor=opened.processor,
             shapes=shapes,
-            shardings={
-                path: opened.shardings.get(path.removeprefix("base/"), replicated(mesh)) for path in shapes
-            },
-            params=dict,
+            shardings={path: opened.shardings.get(path.removeprefix("base/"), whole) for path in shapes},
+            params=params,
         )
+
+
+def _copy(tree: Any) -> Any:
+    return jax.tree.map(jnp.copy, tree)

@@ -24,7 +24,8 @@ class OpenedModel:
         processor: what turns images and text into the model's inputs, or None.
         shapes: parameter path to jax.ShapeDtypeStruct.
         shardings: parameter path to sharding.
-        params: makes the parameters, flat and sharded; not called when a checkpoint has them.
+        params: makes or reads the parameters, flat and sharded, and keeps none of them: whoever trains them
+            may donate them. Not called when a checkpoint has them.
     """
 
     model: nn.Module
@@ -92,21 +93,23 @@ class FromFolder:
     processor: Callable[[Any], Any] | None = None
 
     def open(self, data: Any, key: jax.Array, mesh: Mesh) -> OpenedModel:
-        """Load the folder straight into the mesh."""
-        from mmjax.models.hub import load
+        """Read all but the weights, which go straight into the mesh when they are asked for."""
+        from mmjax.models.hub import find_folder, load, open_folder
 
-        model, params, processor = load(self.path, dtype=self.dtype, mesh=mesh)
+        folder = find_folder(self.path)
+        with open_folder(folder, self.dtype, mesh) as opened:
+            model, processor = opened.model, opened.processor
+            shapes = flatten(opened.shapes())
         if self.execution is not None:
             model = model.clone(execution=self.execution)
         if self.processor is not None:
             processor = self.processor(data)
-        flat = flatten(params)
         return OpenedModel(
             model=model,
             processor=processor,
-            shapes={path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flat.items()},
-            shardings=_shardings(model, mesh, flat),
-            params=lambda: flat,
+            shapes=shapes,
+            shardings=_shardings(model, mesh, shapes),
+            params=lambda: flatten(load(folder, self.dtype, mesh)[1]),
         )
 
 

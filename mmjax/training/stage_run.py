@@ -148,8 +148,9 @@ class StageRun:
         return make_optimizer(self._labels, schedules, **settings)
 
     def fresh(self, params: Mapping[str, jax.Array]) -> TrainState:
-        """The stage's first state, from all parameters, flat."""
-        return jax.jit(self._create, out_shardings=self.shardings)(dict(params), self._key)
+        """The stage's first state, from all parameters, flat, whose memory it takes over."""
+        create = jax.jit(self._create, out_shardings=self.shardings, donate_argnums=0)
+        return create(dict(params), self._key)
 
     def restore(self, store: CheckpointStore, step: int) -> TrainState:
         """The state that a checkpoint of this stage holds."""

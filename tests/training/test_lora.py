@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from mmjax.models import CausalLM, Processor
 from mmjax.nn import Execution, transpose_kernels
 from mmjax.nn.kernels import AdaptedKernel
 from mmjax.nn.quantized import dequantize, quantize
-from mmjax.training import FROZEN, Constant, Experiment, NextToken, Stage, Train, flatten, train
+from mmjax.training import FROZEN, Constant, Experiment, FromFolder, NextToken, Stage, Train, flatten, train
 from mmjax.training.lora import (
     LoraConfig,
     LoraFromFolder,
@@ -342,6 +343,42 @@ def test_a_stage_trains_an_adapter_and_nothing_else(folder, tmp_path, int8):
     for path, value in flatten(outcome.params).items():
         jax.tree.map(np.testing.assert_array_equal, value, found[path])
     assert opened.shapes.keys() == opened.shardings.keys() == found.keys()
+
+
+@pytest.mark.parametrize("source", [FromFolder, LoraFromFolder])
+def test_a_folders_weights_are_in_memory_once(folder, tmp_path, source):
+    """While a stage trains, also one that was resumed; what was read is not kept beside what trains."""
+
+    def size(arrays):
+        return sum(array.nbytes for array in arrays)
+
+    def held():
+        gc.collect()
+        return size(array for array in jax.live_arrays() if len(array.sharding.device_set) > 1)
+
+    before, seen = held(), []
+    experiment = Experiment(
+        name="once",
+        model=source(path=str(folder)),
+        data=Words(),
+        stages=(
+            Stage(
+                name="some",
+                loss=NextToken(),
+                rules=(("lora/.*|.*norm/.*", Constant(value=0.02)), (".*", FROZEN)),
+            ),
+        ),
+        train=Train(steps=2, batch_size=8, checkpoint_every=2),
+        export=lambda outcome, place: seen.append((held() - before, size(jax.tree.leaves(outcome.params)))),
+    )
+    train(experiment, workdir=tmp_path)
+    longer = dataclasses.replace(experiment.train, steps=4)
+    train(dataclasses.replace(experiment, train=longer), workdir=tmp_path, resume=True)
+    weights = size(jax.tree.leaves(mmjax.load(folder)[1]))
+    # An adapter has two moments beside it.
+    assert len(seen) == 2
+    for there, params in seen:
+        assert params <= there < 1.3 * weights + 3 * (params - weights)
 
 
 def test_folders_that_are_not_plain_lora_are_refused(tmp_path):
