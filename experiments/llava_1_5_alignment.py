@@ -3,11 +3,12 @@
     mmjax train experiments/llava_1_5_alignment.py --model.brain=/models/vicuna-7b-v1.5 \\
         --data.path=/llava/blip_laion_cc_sbu_558k.json --data.images=/llava/images --mesh=fsdp=8
 
-What you bring: a folder of a causal language model with safetensors and tokenizer.json (Vicuna-7B in the
-published recipe); LLaVA's JSON (558,128 pairs), or chat messages; and the folder of its images. Rows that
-cannot be used are left out and counted by cause. What the run leaves in models/llava-1-5-alignment is the
-whole model, as a LLaVA folder for the second stage (`llava_1_5_instruction.py`), and parts.safetensors, the
-bridge alone, which `mmjax.training.load_parts` and `--model.bridge` put onto the same eyes and brain.
+What you bring: a folder of a causal language model with its tokenizer (Vicuna-7B in the published recipe,
+whose pytorch_model.bin and tokenizer.model open as they are); LLaVA's JSON (558,128 pairs), or chat messages;
+and the folder of its images. Rows that cannot be used are left out and counted by cause. What the run leaves
+in models/llava-1-5-alignment is the whole model, as a LLaVA folder for the second stage
+(`llava_1_5_instruction.py`), and parts.safetensors, the bridge alone, which `mmjax.training.load_parts` and
+`--model.bridge` put onto the same eyes and brain.
 
 What can be changed, as any field, on the command line:
 

@@ -6,9 +6,9 @@
     mmjax plan experiments/siglip_vit_b16.py --mesh data=256 --chip v5e
 
 What you bring: shards as img2dataset writes them (KEY.jpg with KEY.txt or KEY.json), of any number and size,
-and a folder with SigLIP's tokenizer: tokenizer.json, or spiece.model (which needs the package sentencepiece),
-as every SigLIP folder of the Hugging Face hub has it. Any other tokenizer of at most 32,000 tokens does too;
-a larger one needs `--model.config.text_config.vocab_size`. Nothing of that folder but the tokenizer is read.
+and a folder with SigLIP's tokenizer: tokenizer.json, or spiece.model, as every SigLIP folder of the Hugging
+Face hub has it. Any other tokenizer of at most 32,000 tokens does too; a larger one needs
+`--model.config.text_config.vocab_size`. Nothing of that folder but the tokenizer is read.
 
 What can be changed, as any field, on the command line:
 

@@ -24,8 +24,9 @@ TORCH_WEIGHTS = "pytorch_model.bin"
 TORCH_INDEX = "pytorch_model.bin.index.json"
 #: How files of torch.save are called.
 TORCH = (".bin", ".pt", ".pth")
-# What LLaVA's original repository calls a bridge by itself.
-_BRIDGES = ("mm_projector.bin", "mm_projector.safetensors")
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin")
+# What goes onto a folder's weights; the first two are bridges of LLaVA's original repository.
+_PARTS = ("mm_projector.bin", "mm_projector.safetensors", "parts.safetensors", *_ADAPTERS)
 _NOT_READ = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.msgpack", "*.h5")
 # Tensors are read in pieces, several at a time: one reader does not take all that a disk or a cache can give.
 _PIECE_BYTES, _READERS = 4 << 20, 4
@@ -68,30 +69,38 @@ def _inside(value: Any) -> list[Any]:
     return [member for member in members if isinstance(member, (dict, list))]
 
 
+def weight_names(folder: Path) -> list[str]:
+    """Files of a folder that may hold its weights: safetensors, or where there are none, those of torch.save.
+
+    What belongs onto another folder's weights (adapters, bridges, parts) is none of them.
+    """
+    found = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in _PARTS)
+    return found or sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files that make up a folder's weights: safetensors, or else those of torch.save.
 
     Raises:
-        CheckpointError: none, those of other kinds only, a bridge only, or an index that is wrong or points
+        CheckpointError: none, those of other kinds only, parts only, or an index that is wrong or points
             outside the folder.
     """
-    found = sorted(folder.glob("*.safetensors"))
-    whole = [path for path in found if path.name not in _BRIDGES]
+    found = weight_names(folder)
     if (folder / INDEX).exists():
         return _indexed_files(folder, INDEX)
-    if (folder / WEIGHTS).exists():
+    if WEIGHTS in found:
         return [folder / WEIGHTS]
-    if len(whole) == 1:
-        return whole
-    if whole:
-        raise CheckpointError(
-            f"{folder}: {len(whole)} safetensors files but no {INDEX} that says which belong together"
-        )
+    if any(name.endswith(".safetensors") for name in found):
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{folder}: {len(found)} safetensors files but no {INDEX} that says which belong together"
+            )
+        return [folder / found[0]]
+    if TORCH_WEIGHTS in found:
+        return [folder / TORCH_WEIGHTS]
     if (folder / TORCH_INDEX).exists():
         return _indexed_files(folder, TORCH_INDEX)
-    if (folder / TORCH_WEIGHTS).exists():
-        return [folder / TORCH_WEIGHTS]
-    _refuse_bridge(folder)
+    _refuse_parts(folder)
     others = sorted(path.name for pattern in _NOT_READ for path in folder.glob(pattern))
     if others:
         raise CheckpointError(
@@ -101,12 +110,17 @@ def weight_files(folder: Path) -> list[Path]:
     raise CheckpointError(f"{folder}: no {WEIGHTS}; the folder has no weights")
 
 
-def _refuse_bridge(folder: Path) -> None:
-    """Say what to do with a folder of LLaVA's original repository that has a bridge and no other weights."""
-    bridges = [name for name in _BRIDGES if (folder / name).is_file()]
-    if bridges:
+def _refuse_parts(folder: Path) -> None:
+    """Say what to do with a folder that has a bridge or an adapter and no other weights."""
+    there = [name for name in _PARTS if (folder / name).is_file()]
+    if any(name in _ADAPTERS for name in there):
         raise CheckpointError(
-            f"{folder}: {bridges[0]} is a bridge only, without eyes and brain; put it onto a model with "
+            f"{folder}: {there[0]} is an adapter, without the model that it is for; put it onto that with "
+            "mmjax.training.load_tuned, or train on from LoraFromFolder(adapter=...)"
+        )
+    if there:
+        raise CheckpointError(
+            f"{folder}: {there[0]} is a bridge only, without eyes and brain; put it onto a model with "
             "mmjax.training.load_parts, or train from LlavaFromParts(bridge=...)"
         )
 
@@ -226,7 +240,7 @@ def open_tensors(folder: Path) -> Iterator[TensorReader]:
         files = weight_files(folder)
         reader = TensorReader(files, stack)
         index = folder / (INDEX if files[0].suffix == ".safetensors" else TORCH_INDEX)
-        if index.exists():
+        if index.exists() and files[0].name != TORCH_WEIGHTS:
             _check_index(index, reader)
         yield reader
 

@@ -192,7 +192,7 @@ def language_model(options: argparse.Namespace) -> Iterator[tuple[Any, tuple[int
         tokenizer = getattr(folder.processor, "tokenizer", None)
         if tokenizer is None:
             raise CheckpointError(
-                f"{path}: no tokenizer.json, so there is no text; add the file to the folder"
+                f"{path}: no tokenizer.json or tokenizer.model, so there is no text; add one"
             )
         # Chat models end an answer with other ids than a document, and folders name them in several places.
         own = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)

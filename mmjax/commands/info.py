@@ -11,6 +11,7 @@ from typing import Any
 
 from mmjax.commands.output import byte_text, count_text, print_json, print_table
 from mmjax.commands.parser import add_json, positive_int
+from mmjax.language.tokenizer_config import TOKENIZER_FILES
 
 # The facts of a config that people look for first, in this order; --json has all of them.
 _FACTS = (
@@ -120,9 +121,7 @@ def _processor_files(folder: Path) -> list[str]:
     names = (
         "preprocessor_config.json",
         "processor_config.json",
-        "tokenizer.json",
-        "spiece.model",
-        "vocab.json",
+        *TOKENIZER_FILES,
         "chat_template.jinja",
         "chat_template.json",
     )

@@ -31,7 +31,7 @@ def open_model(
     model, params, processor = mmjax.load(folder, dtype=dtype)
     for wanted, name, part, files, what in (
         (images, "pixel_values", "image_processor", "preprocessor_config.json", "images"),
-        (texts, "input_ids", "tokenizer", "tokenizer.json", "texts"),
+        (texts, "input_ids", "tokenizer", "tokenizer.json or tokenizer.model", "texts"),
     ):
         if wanted and not takes(model, name):
             raise DataError(f"{folder}: a {type(model).__name__} takes no {what}")

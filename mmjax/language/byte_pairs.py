@@ -10,6 +10,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from mmjax.errors import CheckpointError
+from mmjax.language.fast import add_tokens
 from mmjax.language.tokenizer_config import (
     CLASS_DEFAULTS,
     CLIP_END,
@@ -64,7 +65,7 @@ def _gpt2_tokenizer(model: models.BPE, config: Mapping[str, Any]) -> tokenizers.
     spaced = bool(config.get("add_prefix_space"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=spaced)
     tokenizer.decoder = decoders.ByteLevel()
-    return with_ends(tokenizer, config)
+    return tokenizer
 
 
 def _qwen2_tokenizer(model: models.BPE, config: Mapping[str, Any]) -> tokenizers.Tokenizer:
@@ -75,7 +76,7 @@ def _qwen2_tokenizer(model: models.BPE, config: Mapping[str, Any]) -> tokenizers
     bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=spaced, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_])
     tokenizer.decoder = decoders.ByteLevel()
-    return with_ends(tokenizer, config)
+    return tokenizer
 
 
 def with_ends(
@@ -84,7 +85,7 @@ def with_ends(
     """The tokenizer with the tokens around a text that `add_bos_token` and `add_eos_token` ask for.
 
     Args:
-        tokenizer: changed, and returned.
+        tokenizer: changed, and returned; with all its added tokens.
         config: of the tokenizer.
         start: the value of `add_bos_token` where it is not in the config.
     """
@@ -131,14 +132,24 @@ def open_byte_pairs(folder: Path, config: Mapping[str, Any]) -> tuple[tokenizers
         )
     config = {**_DEFAULTS[kind], **config, "tokenizer_class": kind}
     vocab = read_json(folder / "vocab.json")
+    if kind == "CLIPTokenizer" and CLIP_END not in vocab:
+        raise CheckpointError(f"{folder}/vocab.json: no {CLIP_END}, which stands for what CLIP does not know")
     try:
         lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
         pairs = [line.split(" ") for line in lines if line.strip() and not line.startswith("#version")]
         merges = [(left, right) for left, right in pairs]
-        model = clip_model(vocab, merges) if kind == "CLIPTokenizer" else models.BPE(vocab, merges)
-        return _MAKERS[kind](model, config), config
+        if kind == "CLIPTokenizer":
+            return clip_tokenizer(clip_model(vocab, merges), config), config
+        tokenizer = _MAKERS[kind](models.BPE(vocab, merges), config)
+        add_tokens(tokenizer, config)
+        return with_ends(tokenizer, config), config
     except Exception as error:  # the library raises plain exceptions
         raise CheckpointError(f"{folder}/merges.txt does not fit vocab.json ({error})") from error
 
 
-__all__ = ["clip_model", "clip_tokenizer", "open_byte_pairs", "with_ends"]
+def reads_byte_pairs(config: Mapping[str, Any]) -> bool:
+    """Whether the class that a config names has vocab.json with merges.txt, if it names one."""
+    return class_of(config) in ("", *_MAKERS)
+
+
+__all__ = ["clip_model", "clip_tokenizer", "open_byte_pairs", "reads_byte_pairs", "with_ends"]

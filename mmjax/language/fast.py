@@ -26,7 +26,7 @@ class FastBackend:
     """The `tokenizers` object, without padding and truncation, which would be state."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
-        _add_tokens(tokenizer, config)
+        add_tokens(tokenizer, config)
         tokenizer.no_truncation()
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
@@ -155,7 +155,7 @@ def open_fast(path: Path, config: dict[str, Any]) -> tuple[FastBackend, dict[str
     return FastBackend(tokenizer, config), config
 
 
-def _add_tokens(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+def add_tokens(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
     """Make known what the configuration names beyond tokenizer.json, in transformers' order."""
     present = {repr(token) for token in tokenizer.get_added_tokens_decoder().values()}
     tokens = [token for _, token in added_tokens(config) if repr(token) not in present]

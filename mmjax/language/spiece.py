@@ -120,7 +120,8 @@ class SiglipPieces:
     def save(self, folder: Path) -> None:
         """Write the vocabulary as it was read."""
         (folder / "spiece.model").write_bytes(self._model)
-        (folder / "tokenizer.json").unlink(missing_ok=True)  # one vocabulary per folder
+        for name in ("tokenizer.json", "tokenizer.model", "vocab.json"):  # one vocabulary per folder
+            (folder / name).unlink(missing_ok=True)
 
     def _tokenize(self, text: str) -> list[str]:
         parts = [part for part in self._split.split(_UNDERLINE + text.replace(_UNDERLINE, " ")) if part]

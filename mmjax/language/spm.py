@@ -5,7 +5,7 @@ What comes of the pieces and settings in it is what a tokenizer.json would say, 
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +16,13 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from mmjax.errors import CheckpointError
 from mmjax.language.byte_pairs import with_ends
-from mmjax.language.tokenizer_config import CLASS_DEFAULTS, OTHER_TOKENIZER, class_of
+from mmjax.language.fast import add_tokens
+from mmjax.language.spm_layout import BYTE_PAIRS, CONTROL, NORMAL, USER_DEFINED, SpmModel, read_spm
+from mmjax.language.tokenizer_config import CLASS_DEFAULTS, OTHER_TOKENIZER, added_tokens, class_of
 
 _SPACE = "\u2581"
-_BYTE_PAIRS = 2
-# Kinds of pieces.
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
+_LLAMA = ("LlamaTokenizer", "CodeLlamaTokenizer")
+_LONGEST = 512  # characters of a piece; sentencepiece's trainer makes none above 16 unless it is told to
 
 
 def open_spm(path: Path, config: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
@@ -40,45 +41,69 @@ def open_spm(path: Path, config: Mapping[str, Any]) -> tuple[tokenizers.Tokenize
     Raises:
         CheckpointError: The file is damaged, or of another kind.
     """
-    proto = _read(path)
-    pieces, trained = proto.pieces, proto.trainer_spec
-    if trained.model_type != _BYTE_PAIRS:
+    model = read_spm(path)
+    if model.kind != BYTE_PAIRS:
         raise CheckpointError(f"{path}: its pieces are not of the kind BPE; {OTHER_TOKENIZER}")
-    ids = dict(
-        bos_token=trained.bos_id, eos_token=trained.eos_id, unk_token=trained.unk_id, pad_token=trained.pad_id
-    )
-    roles = {role: pieces[number].piece for role, number in ids.items() if 0 <= number < len(pieces)}
+    model = _renamed(model, config)
     kind = class_of(config) or "LlamaTokenizer"
-    config = {**CLASS_DEFAULTS.get(kind, {}), **roles, **config, "tokenizer_class": kind}
-    tokenizer = tokenizers.Tokenizer(_byte_pairs(proto, path))
-    (_as_llama if kind in ("LlamaTokenizer", "CodeLlamaTokenizer") else _as_trained)(tokenizer, proto, config)
-    special = [piece.piece for piece in pieces if piece.type == _CONTROL]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
-    return with_ends(tokenizer, config, start=True), config
-
-
-def _read(path: Path) -> Any:
-    # Imported where it is used: most folders have a tokenizer.json, and need not wait for it.
-    layout: Any = importlib.import_module("sentencepiece.sentencepiece_model_pb2")
-    proto = layout.ModelProto()
+    # LLaMA's class has no token for padding unless it is named.
+    roles = [role for role in model.ids if role != "pad" or kind not in _LLAMA]
+    named = {
+        f"{role}_token": model.pieces[model.ids[role]].text
+        for role in roles
+        if 0 <= model.ids[role] < len(model.pieces)
+    }
+    config = {**CLASS_DEFAULTS.get(kind, {}), **named, **config, "tokenizer_class": kind}
     try:
-        proto.ParseFromString(path.read_bytes())
-    except Exception as error:  # protobuf's own kinds of errors differ between its versions
-        raise CheckpointError(f"{path}: not a sentencepiece model, or a damaged one") from error
-    if not proto.pieces:
-        raise CheckpointError(f"{path}: not a sentencepiece model, or a damaged one: it has no pieces")
-    return proto
+        return _built(model, config, kind in _LLAMA, path), config
+    except CheckpointError:
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises plain exceptions, and panics beside them
+        raise CheckpointError(f"{path}: a damaged sentencepiece model ({error})") from None
 
 
-def _byte_pairs(proto: Any, path: Path) -> models.BPE:
+def _renamed(model: SpmModel, config: Mapping[str, Any]) -> SpmModel:
+    """The model with the names that the config gives to ids: what was unused has become a token."""
+    names = {number: token.content for number, token in added_tokens(config)}
+    kept = {piece.text for number, piece in enumerate(model.pieces) if number not in names}
+    pieces = tuple(
+        dataclasses.replace(piece, text=names[number])
+        if number in names and names[number] not in kept
+        else piece
+        for number, piece in enumerate(model.pieces)
+    )
+    return dataclasses.replace(model, pieces=pieces)
+
+
+def _built(model: SpmModel, config: Mapping[str, Any], llama: bool, path: Path) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(_byte_pairs(model, path, whole=not llama))
+    (_as_llama if llama else _as_trained)(tokenizer, model, config)
+    # LLaMA's class looks for what a trainer was told to keep whole as it does for special tokens.
+    apart = (CONTROL, USER_DEFINED) if llama else (CONTROL,)
+    tokenizer.add_tokens(
+        [
+            AddedToken(piece.text, special=piece.kind == CONTROL, normalized=False)
+            for piece in model.pieces
+            if piece.kind in apart
+        ]
+    )
+    add_tokens(tokenizer, config)
+    return with_ends(tokenizer, config, start=True)
+
+
+def _byte_pairs(model: SpmModel, path: Path, *, whole: bool) -> models.BPE:
     """The pieces with all ways to put one together of two others, the best piece's first."""
-    vocab = {piece.piece: number for number, piece in enumerate(proto.pieces)}
-    if len(vocab) != len(proto.pieces):
-        raise CheckpointError(f"{path}: a piece is there twice; {OTHER_TOKENIZER}")
+    vocab = {piece.text: number for number, piece in enumerate(model.pieces)}
+    longest = max(map(len, vocab))
+    if len(vocab) != len(model.pieces) or longest > _LONGEST:
+        what = "a piece is there twice" if longest <= _LONGEST else f"a piece has {longest} characters"
+        raise CheckpointError(f"{path}: {what}; {OTHER_TOKENIZER}")
     ranks = {
-        piece.piece: (-piece.score, number)
-        for number, piece in enumerate(proto.pieces)
-        if piece.type == _NORMAL
+        piece.text: (-piece.score, number)
+        for number, piece in enumerate(model.pieces)
+        if piece.kind == NORMAL
     }
     merges = [
         (rank, cut, token[:cut], token[cut:])
@@ -89,47 +114,46 @@ def _byte_pairs(proto: Any, path: Path) -> models.BPE:
     return models.BPE(
         vocab,
         [(left, right) for _, _, left, right in sorted(merges)],
-        unk_token=proto.pieces[proto.trainer_spec.unk_id].piece,
+        unk_token=model.pieces[model.ids["unk"]].text,
         fuse_unk=True,
-        byte_fallback=proto.trainer_spec.byte_fallback,
+        byte_fallback=model.byte_fallback,
         # What the trainer was told to keep whole is no sum of others.
-        ignore_merges=any(piece.type == _USER_DEFINED for piece in proto.pieces),
+        ignore_merges=whole and any(piece.kind == USER_DEFINED for piece in model.pieces),
     )
 
 
-def _as_llama(tokenizer: tokenizers.Tokenizer, proto: Any, config: Mapping[str, Any]) -> None:
+def _as_llama(tokenizer: tokenizers.Tokenizer, model: SpmModel, config: Mapping[str, Any]) -> None:
     """LLaMA's way: after a special token there is a space only where the config says that it is `legacy`."""
     spaced = config.get("add_prefix_space", True) in (True, None)
     scheme = ("always" if config.get("legacy") else "first") if spaced else "never"
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(_SPACE, prepend_scheme=scheme, split=False)
-    tokenizer.decoder = _decoder(proto, spaced)
+    tokenizer.decoder = _decoder(model, spaced)
 
 
-def _as_trained(tokenizer: tokenizers.Tokenizer, proto: Any, config: Mapping[str, Any]) -> None:
+def _as_trained(tokenizer: tokenizers.Tokenizer, model: SpmModel, config: Mapping[str, Any]) -> None:
     """What the model itself says about spaces, for each text between special tokens."""
-    said = proto.normalizer_spec
     steps: list[Any] = []
-    if said.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(said.precompiled_charsmap))
-    if said.remove_extra_whitespaces:
+    if model.charsmap:
+        steps.append(normalizers.Precompiled(model.charsmap))
+    if model.remove_spaces:
         steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    if said.add_dummy_prefix:
+    if model.dummy_prefix:
         steps.append(normalizers.Prepend(_SPACE))
-    if said.escape_whitespaces:
+    if model.escape_spaces:
         steps.append(normalizers.Replace(" ", _SPACE))
     tokenizer.normalizer = normalizers.Sequence(steps)
-    whole = sorted((p.piece for p in proto.pieces if p.type == _USER_DEFINED), key=len, reverse=True)
+    whole = sorted((p.text for p in model.pieces if p.kind == USER_DEFINED), key=len, reverse=True)
     if whole:
         # What stands between two of them is looked up as a whole first, but a typed "<0x41>" is no byte.
         apart = ("|".join(re.escape(piece) for piece in whole), r"\A<(?=0x[0-9A-F]{2}>\z)")
         splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in apart]
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
-    tokenizer.decoder = _decoder(proto, said.add_dummy_prefix)
+    tokenizer.decoder = _decoder(model, model.dummy_prefix)
 
 
-def _decoder(proto: Any, spaced: bool) -> decoders.Decoder:
+def _decoder(model: SpmModel, spaced: bool) -> decoders.Decoder:
     steps: list[Any] = [decoders.Replace(_SPACE, " ")]
-    steps += [decoders.ByteFallback()] if proto.trainer_spec.byte_fallback else []
+    steps += [decoders.ByteFallback()] if model.byte_fallback else []
     return decoders.Sequence([*steps, decoders.Fuse(), *([decoders.Strip(" ", 1, 0)] if spaced else [])])
 
 

@@ -14,6 +14,17 @@ from mmjax.errors import CheckpointError
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 
+#: Files of a folder of which a tokenizer is made.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+)
+
 #: What to do with a vocabulary that is not read.
 OTHER_TOKENIZER = "write the folder's tokenizer.json with transformers' AutoTokenizer and save_pretrained"
 
@@ -32,6 +43,7 @@ CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
         "model_max_length": 64,
     },
     "LlamaTokenizer": {"padding_side": "left"},
+    "CodeLlamaTokenizer": {"padding_side": "left"},
     "GemmaTokenizer": {"padding_side": "left"},
 }
 

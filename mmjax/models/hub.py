@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from safetensors import SafetensorError
 
-from mmjax.checkpoints.files import TensorReader, open_tensors, read_json
+from mmjax.checkpoints.files import TensorReader, open_tensors, read_json, weight_names
 from mmjax.checkpoints.weights import (
     SHARD_BYTES,
     load_params,
@@ -69,7 +69,7 @@ def find_folder(folder_or_hub_id: str | os.PathLike[str]) -> Path:
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
-        if not any(folder.glob("*.safetensors")):
+        if not any(name.endswith(".safetensors") for name in weight_names(folder)):
             folder = Path(snapshot_download(name, allow_patterns=list(_TORCH_FILES)))
         return folder
     except Exception as error:  # The errors of its http library change with its version.

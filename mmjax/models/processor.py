@@ -13,20 +13,11 @@ from mmjax.checkpoints.files import read_json
 from mmjax.checkpoints.weights import write_json
 from mmjax.errors import CheckpointError, ConfigError, DataError
 from mmjax.language.tokenizer import Tokenizer
+from mmjax.language.tokenizer_config import TOKENIZER_FILES
 from mmjax.vision.processing import ImageProcessor
 from mmjax.vision.tiles import read_image_processor
 
 PROCESSOR_FILE, _IMAGES_FILE = "processor_config.json", "preprocessor_config.json"
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "tokenizer.model",
-)
-
 # What transformers takes for a model type where the processor files name no class.
 _IMAGE_TYPES = {"clip": "CLIPImageProcessor", "vit": "ViTImageProcessor", "siglip": "SiglipImageProcessor"}
 _TOKENIZER_CLASSES = {
@@ -36,6 +27,7 @@ _TOKENIZER_CLASSES = {
     "qwen2": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer",
     "llama": "LlamaTokenizer",
+    "internlm2": "InternLM2Tokenizer",
     "gemma": "GemmaTokenizer",
     "gemma2": "GemmaTokenizer",
 }
@@ -146,7 +138,7 @@ class Processor:
     def parts_of(cls, folder: str | os.PathLike[str]) -> Processor | None:
         """The image processor and the tokenizer of a folder, as `from_folder`, whatever its family."""
         folder = Path(folder)
-        has_tokenizer = any((folder / name).is_file() for name in _TOKENIZER_FILES)
+        has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
         joint = _read(folder / PROCESSOR_FILE)
         images = _read(folder / _IMAGES_FILE)
         where = folder / _IMAGES_FILE

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's folder format: adapter_config.json and adapter_model.safetensors, in and out."""
+"""Adapters in PEFT's folder format: adapter_config.json with adapter_model.safetensors, in and out."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def load_adapter(folder: str | os.PathLike[str], model: Any) -> tuple[dict[str, 
     adapter, config, whole = load_tuned(folder, model)
     if whole:
         raise CheckpointError(
-            f"{Path(folder) / WEIGHTS}: beside the adapter it holds {next(iter(whole))} whole: use load_tuned"
+            f"{folder}: beside the adapter it holds {next(iter(whole))} whole: use load_tuned"
         )
     return adapter, config
 
@@ -97,7 +97,7 @@ def load_tuned(
     modules = modules_of(model)
     file = next((folder / n for n in (WEIGHTS, _TORCH_WEIGHTS) if (folder / n).is_file()), None)
     if file is None:
-        raise CheckpointError(f"{folder / WEIGHTS}: no such file; save the adapter as safetensors")
+        raise CheckpointError(f"{folder / WEIGHTS}: no such file, and no {_TORCH_WEIGHTS} either")
     with contextlib.ExitStack() as stack:
         reader = TensorReader([file], stack)
         flat, others = _read_changes(reader, model, modules, file)
@@ -106,7 +106,8 @@ def load_tuned(
         raise CheckpointError(
             f"{where}: modules_to_save={hub['modules_to_save']!r}, but {file.name} has no tensors of theirs"
         )
-    if (folder / _BESIDE_THEM).is_file():
+    # Beside safetensors it would be of an earlier training.
+    if file.name == _TORCH_WEIGHTS and (folder / _BESIDE_THEM).is_file():
         whole |= load_parts(folder / _BESIDE_THEM, model)
     return merge(flat), _config(hub, flat, modules, where), whole
 

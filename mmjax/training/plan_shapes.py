@@ -72,11 +72,12 @@ def folder_shapes(source: FromFolder, mesh: Mesh) -> OpenedModel:
     Raises:
         ConfigError, CheckpointError: the folder is at fault.
     """
+    from mmjax.checkpoints.files import weight_names
     from mmjax.models.hub import find_folder
     from mmjax.nn import Execution, parameter_specs
 
     folder, execution = find_folder(source.path), source.execution or Execution()
-    has_weights = any(folder.glob("*.safetensors"))
+    has_weights = bool(weight_names(folder))
     model, dtypes = (_weights_dtypes if has_weights else _config_dtypes)(folder, execution, source.dtype)
     nested = parameter_specs(model)
     specs = flatten_dict(nested, sep="/")

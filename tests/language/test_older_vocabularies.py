@@ -131,3 +131,60 @@ def test_pairs_are_read_as_their_class_does(tmp_path: Path) -> None:
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BartTokenizer"}')
     with pytest.raises(CheckpointError, match="vocab.json: read for .*GPT2.*, not for BartTokenizer"):
         Tokenizer.from_folder(folder)
+
+
+CHAT = ("<|im_start|>", "<|im_end|>")
+
+
+def test_pieces_that_were_unused_have_become_tokens(tmp_path: Path) -> None:
+    """InternLM2's chat tokens: the model has names for them that nobody writes."""
+    spare = ("[UNUSED_TOKEN_145]", "[UNUSED_TOKEN_146]")
+    config: dict = {**INTERNLM, "eos_token": "<|im_end|>"}
+    folder = spm_folder(tmp_path, config, "internlm2", user_defined_symbols=spare)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=spm_model(user_defined_symbols=spare))
+    ids = [pieces.piece_to_id(name) for name in spare]
+    decoder = {str(n): {"content": token, "special": True} for n, token in zip(ids, CHAT, strict=True)}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "added_tokens_decoder": decoder}))
+    tokenizer = Tokenizer.from_folder(folder)
+    assert [tokenizer.token_to_id(token) for token in CHAT] == ids
+    assert (tokenizer.eos_token_id, tokenizer.vocab_size) == (ids[1], len(pieces))
+    assert tokenizer("<|im_start|>a<|im_end|>")["input_ids"][0].tolist()[1::2] == ids
+
+
+def test_ids_that_cannot_be_given_are_refused(tmp_path: Path) -> None:
+    config = {"added_tokens_decoder": {"900": {"content": "<far>", "special": True}}}
+    with pytest.raises(CheckpointError, match="'<far>' has id 900 there and .* in the vocabulary"):
+        Tokenizer.from_folder(spm_folder(tmp_path, config))
+
+
+def test_what_a_trainer_kept_whole_is_whole(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(spm_folder(tmp_path, {}, user_defined_symbols=(*CHAT, "<mask>")))
+    for token in (*CHAT, "<mask>"):
+        ids = tokenizer(f"a{token} b", add_special_tokens=False)["input_ids"][0].tolist()
+        assert tokenizer.token_to_id(token) in ids
+
+
+def test_the_end_may_be_a_token_that_was_added(tmp_path: Path) -> None:
+    folder = spm_folder(tmp_path, {})
+    size = len(sentencepiece.SentencePieceProcessor(model_proto=spm_model()))
+    decoder = {str(size): {"content": "<|im_end|>", "special": True}}
+    config = {"add_eos_token": True, "eos_token": "<|im_end|>", "added_tokens_decoder": decoder}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    assert Tokenizer.from_folder(folder)("a")["input_ids"][0].tolist()[-1] == size
+
+
+def test_damaged_models_are_one_line(tmp_path: Path) -> None:
+    whole = spm_model(normalization_rule_name="nfkc")
+    for at in range(0, len(whole), 41):
+        (tmp_path / "tokenizer.model").write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(INTERNLM))
+        try:
+            Tokenizer.from_folder(tmp_path)
+        except CheckpointError as error:
+            assert "\n" not in str(error)
+
+
+def test_the_class_says_which_vocabulary_is_meant(tmp_path: Path) -> None:
+    byte_pair_folder(tmp_path, {}, "llama", ("<|endoftext|>",))
+    spm_folder(tmp_path, {"tokenizer_class": "LlamaTokenizer"})
+    assert Tokenizer.from_folder(tmp_path).eos_token == "</s>"

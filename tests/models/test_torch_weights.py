@@ -8,12 +8,15 @@ import huggingface_hub
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import mmjax
 from mmjax.checkpoints.files import TORCH_INDEX, TORCH_WEIGHTS, open_tensors
 from mmjax.errors import CheckpointError
-from tests.models.folders import WEIGHTS, refused
+from mmjax.parallel import make_mesh
+from mmjax.training import FromFolder
+from mmjax.training.plan_shapes import folder_shapes
+from tests.models.folders import WEIGHTS, edit_tensors, refused
 from tests.torch_writer import write_torch
 
 
@@ -80,3 +83,40 @@ def test_they_are_fetched_where_there_is_nothing_else(folder, monkeypatch, tmp_p
     to_torch(folder)
     mmjax.load("org/name")
     assert calls == [[WEIGHTS], [TORCH_WEIGHTS, "pytorch_model-00001-of-00002.bin"]]
+
+
+@pytest.mark.parametrize(
+    "beside", ["mm_projector.safetensors", "adapter_model.safetensors", "parts.safetensors"]
+)
+def test_what_goes_onto_weights_is_none(folder, beside, monkeypatch, tmp_path):
+    """A folder of torch's weights is one still, here and on the hub."""
+    _, params, _ = mmjax.load(folder)
+    to_torch(folder)
+    save_file({"other": np.zeros(2, np.float32)}, folder / beside)
+    jax.tree.map(np.testing.assert_array_equal, mmjax.load(folder)[1], params)
+    calls = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: calls.append(k) or str(folder))
+    (folder / TORCH_WEIGHTS).rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError):
+        mmjax.load("org/name")
+    assert len(calls) == 2
+
+
+def test_the_whole_file_comes_before_an_index(folder):
+    to_torch(folder)
+    (folder / TORCH_INDEX).write_text('{"weight_map": {"a": "gone.bin"}}')
+    mmjax.load(folder)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors"])
+def test_an_adapter_alone_says_what_it_is(folder, name):
+    (folder / WEIGHTS).rename(folder / name)
+    refused(folder, f"{name} is an adapter, .*mmjax.training.load_tuned", error=CheckpointError)
+
+
+def test_a_plan_counts_what_is_stored(folder):
+    edit_tensors(folder, lambda tensors: tensors.update({n: x.astype("float16") for n, x in tensors.items()}))
+    to_torch(folder)
+    shapes = folder_shapes(FromFolder(path=str(folder)), make_mesh({"data": 8})).shapes
+    assert {leaf.dtype.name for leaf in shapes.values()} == {"float16"}

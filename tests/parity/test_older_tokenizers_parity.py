@@ -105,7 +105,7 @@ def test_gemma(tmp_path: Path) -> None:
             {
                 "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
                 "added_tokens_decoder": {
-                    str(400 + number): {"content": token, "special": True, "normalized": False, **FLAGS}
+                    str(360 + number): {"content": token, "special": True, "normalized": False, **FLAGS}
                     for number, token in enumerate(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
                 },
                 "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],

@@ -74,9 +74,14 @@ def mmjax_logits(folder: Path, ids: np.ndarray) -> np.ndarray:
     return np.asarray(model.apply({"params": params}, ids).logits)
 
 
-@pytest.mark.parametrize("what", ["older", "model", "numbers"])
+@pytest.mark.parametrize("what", ["older", "model", "numbers", "negated"])
 def test_what_torch_writes_and_is_not_read(what: str, tmp_path: Path) -> None:
-    value = {"older": {"a": torch.ones(2)}, "model": torch.nn.Linear(2, 2), "numbers": {"a": 3}}[what]
+    value = {
+        "older": {"a": torch.ones(2)},
+        "model": torch.nn.Linear(2, 2),
+        "numbers": {"a": 3},
+        "negated": {"a": torch._neg_view(torch.ones(3))},
+    }[what]
     torch.save(value, tmp_path / "x.bin", _use_new_zipfile_serialization=what != "older")
     with pytest.raises(CheckpointError, match=r"x.bin: not .*write it as safetensors"):
         read(tmp_path / "x.bin")
