@@ -134,14 +134,14 @@ def with_mmjax(case: Case, form: str, folder: Path) -> Program:
 
     import mmjax
     from mmjax.nn import Execution
-    from mmjax.parallel import keep_freed_memory
+    from mmjax.parallel import keep_freed_memory, make_mesh
 
     keep_freed_memory()  # but not where the environment has settled it: to write text
     dtype, *stored = form.split()
-    execution = Execution(dtype=dtype)
-    model, params, _ = mmjax.load(
-        folder / "model", dtype=dtype, execution=execution, transpose_kernels=bool(stored)
-    )
+    options: dict[str, Any] = dict(execution=Execution(dtype=dtype), transpose_kernels=bool(stored))
+    # Training takes parameters that are on a mesh, as `mmjax train` does: a step can then use their memory.
+    mesh = None if case.kind == "generate" else make_mesh()
+    model, params, _ = mmjax.load(folder / "model", dtype, mesh, **options)
     config = model.config
     made = make_inputs(case, config.tile[0], config.tile_rows, config.image_token_id)
     if case.kind == "generate":
