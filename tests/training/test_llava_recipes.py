@@ -251,7 +251,7 @@ def test_parts_that_do_not_fit_are_named(parts, aligned, tmp_path):
 
     for change, words in (
         ({"eyes": str(parts / "brain")}, "has no vision model"),
-        ({"brain": str(parts / "eyes")}, "has no tokenizer.json"),
+        ({"brain": str(parts / "eyes")}, "has no tokenizer"),
     ):
         source = LlavaFromParts(**{"eyes": str(parts / "eyes"), "brain": str(parts / "brain"), **change})
         with pytest.raises(ConfigError, match=words):
