@@ -300,7 +300,7 @@ def test_folders_that_cannot_talk(fails, folder, clip_folder, tmp_path):
     assert "no chat template" in fails("chat", "--model", copy)
     (copy / "tokenizer.json").unlink()
     (copy / "tokenizer_config.json").unlink()
-    assert "no tokenizer.json or tokenizer.model, so there is no text" in fails("generate", "--model", copy, "a")
+    assert "no tokenizer.json or tokenizer.model" in fails("generate", "--model", copy, "a")
 
 
 @pytest.mark.usefixtures("unread")
