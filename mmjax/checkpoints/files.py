@@ -100,6 +100,8 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / TORCH_WEIGHTS]
     if (folder / TORCH_INDEX).exists():
         return _indexed_files(folder, TORCH_INDEX)
+    if found:
+        raise CheckpointError(f"{folder / found[0]}: no {TORCH_INDEX} says what belongs to it; download it")
     _refuse_parts(folder)
     others = sorted(path.name for pattern in _NOT_READ for path in folder.glob(pattern))
     if others:
@@ -112,10 +114,10 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _refuse_parts(folder: Path) -> None:
     """Say what to do with a folder that has a bridge or an adapter and no other weights."""
-    there = [name for name in _PARTS if (folder / name).is_file()]
-    if any(name in _ADAPTERS for name in there):
+    adapters, there = ([n for n in names if (folder / n).is_file()] for names in (_ADAPTERS, _PARTS))
+    if adapters:
         raise CheckpointError(
-            f"{folder}: {there[0]} is an adapter, without the model that it is for; put it onto that with "
+            f"{folder}: {adapters[0]} is an adapter, without the model that it is for; put it onto that with "
             "mmjax.training.load_tuned, or train on from LoraFromFolder(adapter=...)"
         )
     if there:

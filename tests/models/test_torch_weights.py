@@ -103,6 +103,12 @@ def test_what_goes_onto_weights_is_none(folder, beside, monkeypatch, tmp_path):
     assert len(calls) == 2
 
 
+def test_files_without_their_index(folder):
+    to_torch(folder, 2)
+    (folder / TORCH_INDEX).unlink()
+    refused(folder, f"no {TORCH_INDEX} says what belongs to it", error=CheckpointError)
+
+
 def test_the_whole_file_comes_before_an_index(folder):
     to_torch(folder)
     (folder / TORCH_INDEX).write_text('{"weight_map": {"a": "gone.bin"}}')
@@ -112,6 +118,7 @@ def test_the_whole_file_comes_before_an_index(folder):
 @pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.safetensors"])
 def test_an_adapter_alone_says_what_it_is(folder, name):
     (folder / WEIGHTS).rename(folder / name)
+    (folder / "mm_projector.bin").write_bytes(b"")
     refused(folder, f"{name} is an adapter, .*mmjax.training.load_tuned", error=CheckpointError)
 
 
