@@ -7,12 +7,14 @@ import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from mmjax.checkpoints.flax_files import FlaxFile
 from mmjax.checkpoints.places import DTYPES, Place, aligned
 from mmjax.checkpoints.torch_files import torch_places
 from mmjax.errors import CheckpointError
@@ -22,8 +24,17 @@ INDEX = "model.safetensors.index.json"
 # What transformers called them before, as torch.save writes them.
 TORCH_WEIGHTS = "pytorch_model.bin"
 TORCH_INDEX = "pytorch_model.bin.index.json"
+# What its Flax classes called them.
+FLAX_WEIGHTS = "flax_model.msgpack"
+FLAX_INDEX = "flax_model.msgpack.index.json"
 #: How files of torch.save are called.
 TORCH = (".bin", ".pt", ".pth")
+#: What a folder's weights are looked for in, the first that is there: their patterns, whole, and an index.
+KINDS = (
+    ("*.safetensors", WEIGHTS, INDEX),
+    ("pytorch_model*.bin", TORCH_WEIGHTS, TORCH_INDEX),
+    ("flax_model*.msgpack", FLAX_WEIGHTS, FLAX_INDEX),
+)
 _ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin", "non_lora_trainables.bin")
 # What goes onto a folder's weights; the first two are bridges of LLaVA's original repository.
 _PARTS = ("mm_projector.bin", "mm_projector.safetensors", "parts.safetensors", *_ADAPTERS)
@@ -70,44 +81,51 @@ def _inside(value: Any) -> list[Any]:
 
 
 def weight_names(folder: Path) -> list[str]:
-    """Files of a folder that may hold its weights: safetensors, or where there are none, those of torch.save.
+    """Files of a folder that may hold its weights: safetensors, else those of torch.save, else of Flax.
 
     What belongs onto another folder's weights (adapters, bridges, parts) is none of them.
     """
-    found = sorted(path.name for path in folder.glob("*.safetensors") if path.name not in _PARTS)
-    return found or sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    for pattern, _, _ in KINDS:
+        found = sorted(path.name for path in folder.glob(pattern) if path.name not in _PARTS)
+        if found:
+            return found
+    return []
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that make up a folder's weights: safetensors, or else those of torch.save.
+    """The files that make up a folder's weights: safetensors, else those of torch.save, else of Flax.
 
     Raises:
         CheckpointError: none, those of other kinds only, parts only, or an index that is wrong or points
             outside the folder.
     """
-    found = weight_names(folder)
+    return _find_weights(folder)[0]
+
+
+def _find_weights(folder: Path) -> tuple[list[Path], Path | None]:
+    """`weight_files`, and the index that lists them, if one does."""
     if (folder / INDEX).exists():
-        return _indexed_files(folder, INDEX)
-    if WEIGHTS in found:
-        return [folder / WEIGHTS]
-    if any(name.endswith(".safetensors") for name in found):
-        if len(found) > 1:
-            raise CheckpointError(
-                f"{folder}: {len(found)} safetensors files but no {INDEX} that says which belong together"
-            )
-        return [folder / found[0]]
-    if TORCH_WEIGHTS in found:
-        return [folder / TORCH_WEIGHTS]
-    if (folder / TORCH_INDEX).exists():
-        return _indexed_files(folder, TORCH_INDEX)
+        return _indexed_files(folder / INDEX, "*.safetensors"), folder / INDEX
+    found = weight_names(folder)
+    for pattern, whole, index in KINDS:
+        if whole in found:
+            return [folder / whole], None
+        if (folder / index).exists():
+            return _indexed_files(folder / index, pattern), folder / index
+    if len(found) == 1 and found[0].endswith(".safetensors"):
+        return [folder / found[0]], None
     if found:
-        raise CheckpointError(f"{folder / found[0]}: no {TORCH_INDEX} says what belongs to it; download it")
+        index = next(index for pattern, _, index in KINDS if fnmatch(found[0], pattern))
+        raise CheckpointError(
+            f"{folder / found[0]}: {len(found)} {found[0].rpartition('.')[2]} files but no {index} that says "
+            "which belong together"
+        )
     _refuse_parts(folder)
     others = sorted(path.name for pattern in _NOT_READ for path in folder.glob(pattern))
     if others:
         raise CheckpointError(
-            f"{folder / others[0]}: only safetensors and {TORCH_WEIGHTS} are read, since opening a "
-            "pickle can run code; convert it with transformers' save_pretrained first"
+            f"{folder / others[0]}: only safetensors, {TORCH_WEIGHTS} and {FLAX_WEIGHTS} are read, since "
+            "opening a pickle can run code; convert it with transformers' save_pretrained first"
         )
     raise CheckpointError(f"{folder}: no {WEIGHTS}; the folder has no weights")
 
@@ -127,9 +145,9 @@ def _refuse_parts(folder: Path) -> None:
         )
 
 
-def _indexed_files(folder: Path, called: str) -> list[Path]:
-    """The files that an index of this name lists."""
-    index, kind = folder / called, "safetensors" if called == INDEX else "bin"
+def _indexed_files(index: Path, pattern: str) -> list[Path]:
+    """The files that an index lists, all of this pattern's kind."""
+    folder, kind = index.parent, pattern.rpartition(".")[2]
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: no weight_map; download the file again")
@@ -144,7 +162,7 @@ def _indexed_files(folder: Path, called: str) -> list[Path]:
         ):
             raise CheckpointError(f"{index}: {name!r} is not a {kind} file of this folder; refused")
         if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name}: named in {called} but missing; download it")
+            raise CheckpointError(f"{folder / name}: named in {index.name} but missing; download it")
     return [folder / name for name in names]
 
 
@@ -197,6 +215,10 @@ class _TensorFile:
         return place.tensor(values)
 
 
+def _opened(path: Path, pool: Executor) -> _TensorFile | FlaxFile:
+    return FlaxFile(path) if path.suffix == ".msgpack" else _TensorFile(path, pool)
+
+
 class TensorReader:
     """The tensors of a folder by name: shapes at once, values on request.
 
@@ -204,14 +226,14 @@ class TensorReader:
     """
 
     def __init__(self, files: list[Path], stack: ExitStack) -> None:
-        self._owner: dict[str, _TensorFile] = {}
+        self._owner: dict[str, _TensorFile | FlaxFile] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         pool = stack.enter_context(ThreadPoolExecutor(_READERS))
         for path in files:
-            self._add(_TensorFile(path, pool))
+            self._add(_opened(path, pool))
 
-    def _add(self, file: _TensorFile) -> None:
+    def _add(self, file: _TensorFile | FlaxFile) -> None:
         for name, place in file.places.items():
             if name in self._owner:
                 raise CheckpointError(f"{file.path}: tensor {name} is also in {self._owner[name].path.name}")
@@ -239,10 +261,10 @@ def open_tensors(folder: Path) -> Iterator[TensorReader]:
         CheckpointError: see `weight_files`; a file that is cut short, or whose header or offsets lie.
     """
     with ExitStack() as stack:
-        files = weight_files(folder)
+        files, index = _find_weights(folder)
         reader = TensorReader(files, stack)
-        index = folder / (INDEX if files[0].suffix == ".safetensors" else TORCH_INDEX)
-        if index.exists() and files[0].name != TORCH_WEIGHTS:
+        # What Flax's index names, it names in Flax's way.
+        if index is not None and index.name != FLAX_INDEX:
             _check_index(index, reader)
         yield reader
 

@@ -13,22 +13,19 @@ from tokenizers import pre_tokenizers, trainers
 
 from mmjax.errors import CheckpointError, ConfigError, DataError
 from mmjax.language.batching import Layout, checked_texts, max_length_of, side_of
-from mmjax.language.byte_pairs import clip_model, clip_tokenizer, open_byte_pairs, reads_byte_pairs
-from mmjax.language.fast import FastBackend, open_fast
-from mmjax.language.spiece import open_pieces
-from mmjax.language.spm import open_spm
+from mmjax.language.byte_pairs import clip_model, clip_tokenizer
+from mmjax.language.fast import FastBackend
 from mmjax.language.tokenizer_config import (
     CLASS_DEFAULTS,
     CLIP_END,
     CLIP_START,
-    OTHER_TOKENIZER,
     ROLES,
-    added_tokens,
     content_of,
     read_config,
     read_templates,
     write_templates,
 )
+from mmjax.language.vocabularies import open_vocabulary
 
 _CLEAN_UP = {" ' ": "'"} | {
     f" {mark}": mark for mark in (".", "?", "!", ",", "n't", "'m", "'s", "'ve", "'re")
@@ -121,36 +118,9 @@ class Tokenizer:
         config = read_config(folder, tokenizer_class)
         templates = read_templates(folder, config)
         config.pop("chat_template", None)
-        tokenizer = cls._from_vocabulary(folder, config)
+        tokenizer = cls(*open_vocabulary(folder, config))
         tokenizer._templates = templates
         return tokenizer
-
-    @classmethod
-    def _from_vocabulary(cls, folder: Path, config: dict[str, Any]) -> Tokenizer:
-        if (folder / "tokenizer.json").is_file():
-            return cls(*open_fast(folder / "tokenizer.json", config))
-        pieces = [name for name in ("spiece.model", "tokenizer.model") if (folder / name).is_file()]
-        pairs = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-        if pairs and (reads_byte_pairs(config) or not pieces):
-            return cls._checked(*open_byte_pairs(folder, config))
-        if "spiece.model" in pieces:
-            return cls(*open_pieces(folder / "spiece.model", config))
-        if pieces:
-            return cls._checked(*open_spm(folder / "tokenizer.model", config))
-        wanted = "tokenizer.json, vocab.json with merges.txt, spiece.model, or tokenizer.model"
-        raise CheckpointError(f"{folder}: no tokenizer in this folder: expected {wanted}")
-
-    @classmethod
-    def _checked(cls, tokenizer: Any, config: Mapping[str, Any]) -> Tokenizer:
-        """A tokenizer that was put together; its tokens have the ids that the configuration gives."""
-        made = cls(FastBackend(tokenizer, config), config)
-        for number, token in added_tokens(config):
-            if made.token_to_id(token.content) != number:
-                raise CheckpointError(
-                    f"tokenizer_config.json: {token.content!r} has id {number} there and "
-                    f"{made.token_to_id(token.content)} in the vocabulary; {OTHER_TOKENIZER}"
-                )
-        return made
 
     def save(self, folder: str | Path) -> None:
         """Write files from which transformers' AutoTokenizer gets the same ids."""

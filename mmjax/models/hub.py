@@ -8,6 +8,7 @@ import functools
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,8 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Says which ids end an answer, among others: nothing that a model computes with, so it travels as text.
 _GENERATION = "generation_config.json"
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-# Fetched only where there is nothing else; read without running anything in them.
-_TORCH_FILES = ("pytorch_model*.bin",)
+# Fetched one after another where there is nothing else; read without running anything in them.
+_OTHER_FILES = ("pytorch_model*.bin", "flax_model*.msgpack")
 
 
 def find_folder(folder_or_hub_id: str | os.PathLike[str]) -> Path:
@@ -69,8 +70,12 @@ def find_folder(folder_or_hub_id: str | os.PathLike[str]) -> Path:
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
-        if not any(name.endswith(".safetensors") for name in weight_names(folder)):
-            folder = Path(snapshot_download(name, allow_patterns=list(_TORCH_FILES)))
+        for pattern in _OTHER_FILES:
+            found = weight_names(folder)
+            # Some of this kind may be left from a download that was broken off.
+            if found and not fnmatch(found[0], pattern):
+                break
+            folder = Path(snapshot_download(name, allow_patterns=[pattern]))
         return folder
     except Exception as error:  # The errors of its http library change with its version.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -128,8 +133,8 @@ def load(
 
     Args:
         folder_or_hub_id: a folder with config.json and safetensors, or else pytorch_model.bin (of which
-            only tensors are read); anything that is not a folder here and reads like "name" or
-            "organisation/name" is fetched through huggingface_hub.
+            only tensors are read) or flax_model.msgpack; anything that is not a folder here and reads like
+            "name" or "organisation/name" is fetched through huggingface_hub.
         dtype: dtype of the parameters, such as "bfloat16"; None keeps the folder's.
         mesh: put every parameter onto its shards (see `mmjax.parallel`); None means the default device.
         execution: compute dtype, scanned layers, remat; None of them changes the parameters.

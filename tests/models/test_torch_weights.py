@@ -100,13 +100,13 @@ def test_what_goes_onto_weights_is_none(folder, beside, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError):
         mmjax.load("org/name")
-    assert len(calls) == 2
+    assert len(calls) == 3
 
 
 def test_files_without_their_index(folder):
     to_torch(folder, 2)
     (folder / TORCH_INDEX).unlink()
-    refused(folder, f"no {TORCH_INDEX} says what belongs to it", error=CheckpointError)
+    refused(folder, f"2 bin files but no {TORCH_INDEX} that says", error=CheckpointError)
 
 
 def test_the_whole_file_comes_before_an_index(folder):
