@@ -11,7 +11,6 @@ from typing import Any
 
 from mmjax.commands.output import byte_text, count_text, print_json, print_table
 from mmjax.commands.parser import add_json, positive_int
-from mmjax.language.tokenizer_config import TOKENIZER_FILES
 
 # The facts of a config that people look for first, in this order; --json has all of them.
 _FACTS = (
@@ -118,6 +117,8 @@ def _file_name(file: Path, folder: Path) -> str:
 
 
 def _processor_files(folder: Path) -> list[str]:
+    from mmjax.language.tokenizer_config import TOKENIZER_FILES
+
     names = (
         "preprocessor_config.json",
         "processor_config.json",
