@@ -105,8 +105,7 @@ def _known(tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], role: str
     return [] if token is None or tokenizer.token_to_id(token) is None else [token]
 
 
-_MAKERS: Mapping[str, Callable[[models.BPE, Mapping[str, Any]], tokenizers.Tokenizer]] = {
-    "CLIPTokenizer": clip_tokenizer,
+_BYTE_LEVEL: Mapping[str, Callable[[models.BPE, Mapping[str, Any]], tokenizers.Tokenizer]] = {
     "GPT2Tokenizer": _gpt2_tokenizer,
     "Qwen2Tokenizer": _qwen2_tokenizer,
 }
@@ -126,9 +125,9 @@ def open_byte_pairs(folder: Path, config: Mapping[str, Any]) -> tuple[tokenizers
         CheckpointError: A file is damaged, they do not fit each other, or the class is not known.
     """
     kind = class_of(config) or "CLIPTokenizer"
-    if kind not in _MAKERS:
+    if kind not in _DEFAULTS:
         raise CheckpointError(
-            f"{folder}/vocab.json: read for {', '.join(_MAKERS)}, not for {kind}; {OTHER_TOKENIZER}"
+            f"{folder}/vocab.json: read for {', '.join(_DEFAULTS)}, not for {kind}; {OTHER_TOKENIZER}"
         )
     config = {**_DEFAULTS[kind], **config, "tokenizer_class": kind}
     vocab = read_json(folder / "vocab.json")
@@ -138,9 +137,9 @@ def open_byte_pairs(folder: Path, config: Mapping[str, Any]) -> tuple[tokenizers
         lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
         pairs = [line.split(" ") for line in lines if line.strip() and not line.startswith("#version")]
         merges = [(left, right) for left, right in pairs]
-        if kind == "CLIPTokenizer":
+        if kind == "CLIPTokenizer":  # has its start and end already, and more tokens may come behind them
             return clip_tokenizer(clip_model(vocab, merges), config), config
-        tokenizer = _MAKERS[kind](models.BPE(vocab, merges), config)
+        tokenizer = _BYTE_LEVEL[kind](models.BPE(vocab, merges), config)
         add_tokens(tokenizer, config)
         return with_ends(tokenizer, config), config
     except Exception as error:  # the library raises plain exceptions
@@ -149,7 +148,7 @@ def open_byte_pairs(folder: Path, config: Mapping[str, Any]) -> tuple[tokenizers
 
 def reads_byte_pairs(config: Mapping[str, Any]) -> bool:
     """Whether the class that a config names has vocab.json with merges.txt, if it names one."""
-    return class_of(config) in ("", *_MAKERS)
+    return class_of(config) in ("", *_DEFAULTS)
 
 
 __all__ = ["clip_model", "clip_tokenizer", "open_byte_pairs", "reads_byte_pairs", "with_ends"]

@@ -56,9 +56,7 @@ def open_spm(path: Path, config: Mapping[str, Any]) -> tuple[tokenizers.Tokenize
     config = {**CLASS_DEFAULTS.get(kind, {}), **named, **config, "tokenizer_class": kind}
     try:
         return _built(model, config, kind in _LLAMA, path), config
-    except CheckpointError:
-        raise
-    except (KeyboardInterrupt, SystemExit):
+    except (CheckpointError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises plain exceptions, and panics beside them
         raise CheckpointError(f"{path}: a damaged sentencepiece model ({error})") from None
