@@ -100,12 +100,7 @@ class LlavaFromParts:
                 path: _placed(flat.pop(path), spec.shape, shardings[path]) for path, spec in specs.items()
             }
 
-        kept = {f"vision_tower/{path}": x.dtype for path, x in tower.items()}
-        kept |= {f"language_model/{path}": x.dtype for path, x in brain.items()}
-        shapes = {
-            path: jax.ShapeDtypeStruct(spec.shape, kept.get(path, jnp.float32))
-            for path, spec in specs.items()
-        }
+        shapes = _shapes(specs, tower, brain)
         return OpenedModel(
             model=model, processor=processor, shapes=shapes, shardings=shardings, params=params
         )
@@ -124,12 +119,7 @@ class LlavaFromParts:
         model = Llava(config, execution=self.execution or Execution())
         nested = parameter_specs(model)
         eyes = {path.removeprefix("vision_model/"): x for path, x in seeing.shapes.items()}
-        stored = {f"vision_tower/{path}": x.dtype for path, x in eyes.items()}
-        stored |= {f"language_model/{path}": x.dtype for path, x in speaking.shapes.items()}
-        shapes = {
-            path: jax.ShapeDtypeStruct(spec.shape, stored.get(path, jnp.float32))
-            for path, spec in flatten(nested).items()
-        }
+        shapes = _shapes(flatten(nested), eyes, speaking.shapes)
         shardings = flatten(param_shardings(mesh, nested))
         return OpenedModel(model=model, processor=None, shapes=shapes, shardings=shardings, params=dict)
 
@@ -201,6 +191,17 @@ def _tower(params: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     if "vision_model" not in params:
         raise ConfigError(f"LlavaFromParts.eyes: {where} has no vision model that LLaVA can look through")
     return params["vision_model"]
+
+
+def _shapes(
+    specs: Mapping[str, Any], eyes: Mapping[str, Any], brain: Mapping[str, Any]
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """The whole's parameters, in the dtypes that eyes and brain have; the bridge's are float32."""
+    kept = {f"vision_tower/{path}": x.dtype for path, x in eyes.items()}
+    kept |= {f"language_model/{path}": x.dtype for path, x in brain.items()}
+    return {
+        path: jax.ShapeDtypeStruct(spec.shape, kept.get(path, jnp.float32)) for path, spec in specs.items()
+    }
 
 
 def _new_bridge(
